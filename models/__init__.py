@@ -1,0 +1,1 @@
+"""Model families: what a trace cannot reveal about each supported architecture."""

@@ -1,0 +1,71 @@
+"""The figures a model is judged by: bits per byte of held-out code, and recall of planted facts."""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import LlamaForCausalLM
+
+from training.stream import Stream
+from training.tasks import ANSWER_TOKENS, FactFormat, recall_prompt
+
+LENGTHS = (256, 512, 1024, 2048)  # tokens, question and answer included
+FACT_COUNTS = (6, 12, 24)
+_TOKENS_PER_BATCH = 8_192
+
+
+class HeldOut(NamedTuple):
+    bits_per_byte: float
+    loss: float  # nats per token
+    tokens: int
+
+
+class Recall(NamedTuple):
+    length: int  # tokens
+    facts: int
+    prompts: int
+    share: float  # of prompts whose two answer tokens are both the most likely ones
+
+
+@torch.no_grad()
+def held_out_figures(model: LlamaForCausalLM, stream: Stream, length: int) -> HeldOut:
+    """Every held-out token but the first is predicted once, from the tokens before it in its window of `length`."""
+    nats, count = 0.0, len(stream.ids) - 1
+    whole = count // length * length
+    windows = torch.from_numpy(np.lib.stride_tricks.sliding_window_view(stream.ids, length + 1)[:whole:length].copy())
+    for batch in torch.split(windows, max(1, _TOKENS_PER_BATCH // length)):
+        nats += _nats(model, batch)
+    if whole < count:
+        nats += _nats(model, torch.from_numpy(stream.ids[None, whole:]))
+    return HeldOut(nats / math.log(2) / stream.bytes, nats / count, count)
+
+
+@torch.no_grad()
+def recall(model: LlamaForCausalLM, form: FactFormat, stream: Stream, length: int, facts: int, prompts: int) -> Recall:
+    """Recall over `prompts` test prompts, the same ones at every call."""
+    rng = np.random.default_rng([length, facts])
+    right, most = 0, max(1, _TOKENS_PER_BATCH // length)
+    for begin in range(0, prompts, most):
+        size = min(prompts - begin, most)
+        drawn = [recall_prompt(rng, form, stream, length, facts).ids for _ in range(size)]
+        ids = torch.from_numpy(np.stack(drawn))
+        hidden = model.model(ids[:, :-1], use_cache=False).last_hidden_state[:, -ANSWER_TOKENS:]
+        predicted = model.lm_head(hidden).argmax(-1)
+        right += int((predicted == ids[:, -ANSWER_TOKENS:]).all(dim=1).sum())
+    return Recall(length, facts, prompts, right / prompts)
+
+
+def recall_table(
+    model: LlamaForCausalLM, form: FactFormat, stream: Stream, prompts: int, fact_counts: Iterable[int] = FACT_COUNTS
+) -> list[Recall]:
+    return [recall(model, form, stream, length, facts, prompts) for facts in fact_counts for length in LENGTHS]
+
+
+def _nats(model: LlamaForCausalLM, ids: Tensor) -> float:
+    """Summed negative log-likelihood of ids[:, 1:], nats; ids: [B, T+1]."""
+    logits = model(ids[:, :-1], use_cache=False).logits
+    return float(functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))

@@ -1,0 +1,79 @@
+"""From a transformers model to a compiled one: the only file that knows the order of the steps."""
+
+from __future__ import annotations
+
+import time
+from importlib import import_module
+
+import torch
+from torch import nn
+
+from zsmerge_compile.capture import capture
+from zsmerge_compile.config import ZSMergeConfig
+from zsmerge_compile.errors import ConfigError, InputError, MissingBackendError, must
+from zsmerge_compile.lower.lowered import Lowered
+from zsmerge_compile.models.registry import spec_for
+from zsmerge_compile.passes import pipeline
+from zsmerge_compile.policy import ZSMergePolicy
+from zsmerge_compile.program import Program
+from zsmerge_compile.runtime.model import CompiledModel
+from zsmerge_compile.runtime.report import Report
+
+BACKENDS = ("eager", "inductor", "tensorrt")
+
+
+def compile(
+    model: nn.Module,
+    config: ZSMergeConfig,
+    batch_size: int = 1,
+    backend: str = "inductor",
+    *,
+    check_nan: bool = False,
+) -> CompiledModel:
+    """Compile a causal LM with a cache of `config.budget` slots per key/value head and layer.
+
+    model       LLaMA, Mistral or Falcon from transformers, or any class with a registered spec; in eval mode. It is
+                neither copied nor changed: the result runs on its parameters.
+    batch_size  rows of the cache; each has its own length and can be reset and refilled alone
+    backend     "inductor" (compiled), "eager" (the reference, node by node) or "tensorrt" (not built yet)
+    check_nan   look for NaN in all logits (costs a synchronisation per call on a GPU)
+
+    Raises ConfigError, UnsupportedModelError, UnsupportedGraphError, UnsupportedMaskError or MissingBackendError.
+    """
+    started = time.perf_counter()
+    _check_arguments(model, config, batch_size, backend)
+    spec = spec_for(model)
+    config.layer_budgets(spec.num_layers)
+    captured = capture(model, spec, batch_size)
+    policy = ZSMergePolicy(config)
+    rewritten = pipeline.run(captured.prefill, captured.decode, spec, policy)
+    parameter = next(model.parameters())
+    program = Program(**rewritten._asdict(), spec=spec, policy=policy, batch_size=batch_size,
+                      dtype=parameter.dtype, device=parameter.device)
+    lowered: Lowered = import_module(f"zsmerge_compile.lower.{backend}").lower(program)
+    report = Report(
+        model=type(model).__name__,
+        policy=policy.name,
+        backend=backend,
+        batch_size=batch_size,
+        passes=program.counts,
+        sites=program.sites,
+        layouts=program.layouts,
+        cache_bytes=sum(tensor.nbytes for layer in program.allocate() for tensor in layer),
+        compile_seconds=time.perf_counter() - started,
+        kernels=lowered.kernels,
+    )
+    return CompiledModel(model, program, lowered, report, config.chunk if config.prefill == "chunked" else None, check_nan)
+
+
+def _check_arguments(model: object, config: object, batch_size: object, backend: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(must("model", "a torch.nn.Module", type(model).__name__))
+    if not isinstance(config, ZSMergeConfig):
+        raise ConfigError(must("config", "a ZSMergeConfig", type(config).__name__, "zs.ZSMergeConfig(budget=1024)"))
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ConfigError(must("batch_size", "an integer of at least 1", repr(batch_size)))
+    if backend not in BACKENDS:
+        raise MissingBackendError(must("backend", f"one of {', '.join(BACKENDS)}", repr(backend)))
+    if backend == "tensorrt":
+        raise MissingBackendError(must("backend", "eager or inductor", "tensorrt, which is not built yet"))

@@ -1,0 +1,1 @@
+"""Cache operators: `contracts` (schemas), `reference` (the specification), `decode` and `prefill` (what runs)."""

@@ -1,0 +1,89 @@
+"""The operators a graph may hold: schemas, mutated arguments, fakes. What runs them stands in the files beside.
+
+`zsmerge::attention`  the canonical form of every spelling of attention; it knows no cache.
+`zsmerge::decode`     one token per row attends to the cache and joins it: the eager reference.
+`zsmerge::extend`     many tokens per row, for chosen rows: prompts, whole or in chunks.
+
+A cache op carries its state explicitly, so a lowering may expand it as it likes (see `lower/`).
+Shapes: B batch, b rows of one call, H query heads, G key/value heads, T columns, S slots, R residual slots, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zsmerge_compile.ops import prefill, reference
+from zsmerge_compile.ops.state import Rule, State
+
+_STATE = ", ".join(f"Tensor({'abcdefghi'[i]}!) {name}" for i, name in enumerate(State._fields))
+_RULE = (
+    "Tensor? slopes, int proximity, int context, int? window, float alpha, float decay, float scale, "
+    "float alibi_divisor, bool alibi_bf16"
+)
+
+_library = torch.library.Library("zsmerge", "DEF")
+_library.define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale) -> Tensor"
+)
+_library.define(
+    f"decode(Tensor query, Tensor new_key, Tensor new_value, {_STATE}, Tensor seen, Tensor active, {_RULE}) -> Tensor"
+)
+_library.define(
+    f"extend(Tensor query, Tensor new_key, Tensor new_value, {_STATE}, Tensor rows, Tensor seen, Tensor pads, "
+    f"{_RULE}, str merge) -> Tensor"
+)
+
+STATE_AT = slice(3, 3 + len(State._fields))  # where the state stands among a cache op's arguments
+
+
+def rule_of(
+    slopes: Tensor | None,
+    proximity: int,
+    context: int,
+    window: int | None,
+    alpha: float,
+    decay: float,
+    scale: float,
+    alibi_divisor: float,
+    alibi_bf16: bool,
+    merge: str = "segment",
+) -> Rule:
+    """The Rule that a cache op's trailing arguments spell."""
+    return Rule(proximity, context, alpha, decay, scale, window, merge, slopes, alibi_divisor, alibi_bf16)
+
+
+@torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
+    )
+
+
+@torch.library.impl(_library, "decode", "CompositeExplicitAutograd")
+def _decode(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
+    state, (seen, active), rule = State(*rest[:9]), rest[9:11], rule_of(*rest[11:])  # type: ignore[arg-type]
+    out, new = reference.extend(state, query, key, value, seen, (~active).long(), rule)
+    for buffer, content in zip(state, new, strict=True):
+        buffer.copy_(content)
+    return out
+
+
+@torch.library.impl(_library, "extend", "CompositeExplicitAutograd")
+def _extend(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
+    state, (rows, seen, pads), rule = State(*rest[:9]), rest[9:12], rule_of(*rest[12:])  # type: ignore[arg-type]
+    return prefill.extend(state, query, key, value, rows, seen, pads, rule)
+
+
+@torch.library.register_fake("zsmerge::attention", lib=_library)
+@torch.library.register_fake("zsmerge::decode", lib=_library)
+@torch.library.register_fake("zsmerge::extend", lib=_library)
+def _fake(query: Tensor, *rest: object) -> Tensor:
+    return torch.empty(query.shape, dtype=query.dtype, device=query.device)
+
+
+ATTENTION = torch.ops.zsmerge.attention.default
+DECODE = torch.ops.zsmerge.decode.default
+EXTEND = torch.ops.zsmerge.extend.default

@@ -1,0 +1,61 @@
+"""The seam for cache policies: what the passes and the runtime ask of one, and all they know of it.
+
+A policy decides the budget of each layer, the state of its slots, how tokens are scored, which one is the victim,
+what happens to it and what a prompt keeps. The last four live in its two cache ops, whose first arguments are
+
+    decode(query, new_key, new_value, *state, seen, active, *arguments)       one token per row
+    extend(query, new_key, new_value, *state, rows, seen, pads, *arguments)   a prompt or a chunk of one
+
+both mutating `state` in place and returning the attention output (schemas: `ops/contracts.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from zsmerge_compile.ops.state import LayerLayout
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention of the model, as the passes found it."""
+
+    layer: int
+    name: str  # the graph node
+    source: str  # file:line, or the module's path
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None  # tokens
+    slopes: tuple[float, ...] | None = None  # ALiBi, per query head
+    alibi_divisor: float = 1.0
+    alibi_bf16: bool = False
+
+
+class CachePolicy(Protocol):
+    """A way to keep a cache within its budget."""
+
+    name: str
+    decode_op: Any  # torch._ops.OpOverload
+    extend_op: Any
+    state_fields: tuple[str, ...]
+
+    def layouts(self, sites: Sequence[Site]) -> tuple[LayerLayout, ...]:
+        """Budgets per layer, in the sites' order."""
+
+    def allocate(
+        self, layout: LayerLayout, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, ...]:
+        """An empty state of one layer, in the order of `state_fields`; the first three are key, value, weight."""
+
+    def decode_arguments(self, site: Site, layout: LayerLayout, slopes: Any) -> tuple[Any, ...]:
+        """Trailing arguments of `decode_op`; `slopes` is the graph's node for site.slopes, or None."""
+
+    def extend_arguments(self, site: Site, layout: LayerLayout, slopes: Any) -> tuple[Any, ...]:
+        """Trailing arguments of `extend_op`."""

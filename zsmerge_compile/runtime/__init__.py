@@ -1,0 +1,1 @@
+"""Running a compiled program: prompts and tokens in, logits out."""

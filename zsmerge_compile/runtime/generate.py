@@ -1,0 +1,244 @@
+"""transformers' own `generate`, driving a compiled step.
+
+`GenerateMixin` gives a class with prefill, decode and reset the whole of transformers' generate (sampling, logits
+processors, stopping criteria, streamers) by these hooks, the same in transformers 5.17 to 5.23:
+
+- `generate`                         refuses what a compressed cache cannot do, before anything is written
+- `_supports_default_dynamic_cache`  False: transformers then makes no cache of its own
+- `prepare_inputs_for_generation`    called before every step with all columns so far: the first time they are the
+                                     prompt, after that the last column is fed, with the rows that are active
+- `forward`                          one prefill or one decode; its answer carries the handle that comes back
+- `_get_stopping_criteria`           its result is wrapped, to see which rows each step finishes
+- `is_remote_code`, `get_experts_implementation`, `can_generate`, `to`
+                                     what generate and the pipelines ask of a PreTrainedModel
+- `__init_subclass__`                names the class among the causal language models; a text-generation pipeline
+                                     would log the names of all those it knows
+
+A row that has met a stopping criterion is inactive from then on: neither the token it stopped at nor a pad reaches its
+cache. In the columns after it transformers writes pads (token 0 for a model with neither pad nor end token; a model of
+its own, without an end token, would go on writing tokens there), and output_logits hold zeros.
+
+Continuing: pass the past_key_values of an earlier call (return_dict_in_generate=True) and `sequences` followed by new
+columns. Each row is fed those of its tokens that are not in its cache yet, rows padded on the left together, so the
+result is that of a new call with the same columns and mask. The attention_mask may have zeros anywhere but in a new
+last column; left out, the pads written after a row's stop count as pads.
+"""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, StoppingCriteriaList
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from zsmerge_compile.errors import CacheStateError, InputError, must
+from zsmerge_compile.runtime.handle import CacheHandle, to_the_right
+from zsmerge_compile.runtime.session import Session
+
+_NO_COPIES = "beam search would have to copy one row's cache over another's"
+_NO_UNDO = "assisted generation would have to take tokens back out of a compressed cache"
+_ONE_CACHE = "a compiled model has one cache, its own"
+
+# argument -> the values accepted beside None, and why no other
+_ONLY: dict[str, tuple[tuple[object, ...], str]] = {
+    "num_beams": ((1,), _NO_COPIES),
+    "num_beam_groups": ((1,), _NO_COPIES),
+    "constraints": ((), _NO_COPIES),
+    "force_words_ids": ((), _NO_COPIES),
+    "assistant_model": ((), _NO_UNDO),
+    "prompt_lookup_num_tokens": ((), _NO_UNDO),
+    "assistant_early_exit": ((), _NO_UNDO),
+    "use_mtp": ((False,), _NO_UNDO),
+    "penalty_alpha": ((0,), "contrastive search would have to try several tokens on one cache"),
+    "dola_layers": ((), "only the last layer's logits are computed"),
+    "guidance_scale": ((1,), "classifier-free guidance would need a second cache"),
+    "negative_prompt_ids": ((), "classifier-free guidance would need a second cache"),
+    "token_healing": ((False,), "it calls generate within generate"),
+    "custom_generate": ((), "the loop is transformers' own"),
+    "use_cache": ((True,), _ONE_CACHE),
+    "cache_implementation": ((), _ONE_CACHE),
+    "prefill_chunk_size": ((), 'compile with ZSMergeConfig(prefill="chunked") for a prompt fed in chunks'),
+    "output_attentions": ((False,), "attention weights do not leave the cache op"),
+    "output_hidden_states": ((False,), "only logits leave the compiled graph"),
+    "inputs_embeds": ((), "pass input_ids"),
+    "position_ids": ((), "positions follow the attention_mask"),
+}
+
+
+class GenerateMixin(GenerationMixin):
+    """transformers' generate for a class with the attributes and the four methods declared here.
+
+    changes: raised by every prefill, decode and reset, so that a handle of an older state is told from the current.
+    """
+
+    config: Any
+    generation_config: Any
+    device: torch.device
+    dtype: torch.dtype
+    batch_size: int
+    cache: Any  # its seen_tokens is [B]
+    changes: int = 0
+
+    main_input_name = "input_ids"
+    input_modalities = ("text",)
+    _is_stateful = True
+    _session: Session | None = None
+    _handle: CacheHandle | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Registration wants a config class of its own to look the model up by; nothing is ever loaded through it.
+        config = type(f"{cls.__name__}Config", (PreTrainedConfig,), {"model_type": "zsmerge_compile"})
+        AutoModelForCausalLM.register(config, cls)
+
+    def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, rows: list[int] | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def decode(self, token_ids: Tensor, active: Tensor | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def reset(self, rows: list[int] | None = None) -> None:
+        raise NotImplementedError
+
+    def check_prompt(self, input_ids: Tensor, attention_mask: Tensor | None, *, empty: bool) -> None:
+        """Raises what prefill would raise for this prompt, into an empty cache or the current one; writes nothing."""
+        raise NotImplementedError
+
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`, with its arguments and result, from an empty cache or from a returned one.
+
+        inputs or input_ids: [B, T], B the batch compiled for (divided by num_return_sequences, where that is set).
+        past_key_values: what an earlier call on this model returned; the module's text tells how to continue.
+
+        Raises InputError for what a compressed cache cannot do; the cache is then as it was.
+        """
+        if self._session is not None:
+            raise CacheStateError("generate must have returned before it is called again on one compiled model")
+        handle = self._check_call(inputs, generation_config, kwargs)
+        self._session = session = Session(handle, kwargs.get("attention_mask"))
+        try:
+            result = super().generate(inputs, generation_config, *args, **kwargs)
+        finally:
+            self._session = None
+        session.end(self.cache.seen_tokens, self.changes)
+        self._handle = handle
+        return result
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: CacheHandle | None = None,
+        active: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """One step of generate: a decode of the rows in `active` [B], or the prefill where there is none."""
+        if self._session is None:
+            raise InputError("a compiled model must be called by generate; prefill and decode are its steps")
+        if active is None:
+            logits = self._prefill_columns(self._session, input_ids, attention_mask)
+        else:  # an inactive row's logits are undefined, and a NaN there would fail the sampling of the others
+            logits = self.decode(input_ids, active).masked_fill(~active[:, None], 0.0)
+        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=past_key_values)
+
+    __call__ = forward
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: CacheHandle | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What forward is given; `input_ids` [B, K] are all columns of this call so far."""
+        session = self._session
+        if session is None:
+            raise InputError("prepare_inputs_for_generation must be called by generate")
+        if not session.started:
+            return {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": session.handle}
+        tokens = input_ids[:, -1:].to(self.device).masked_fill(~session.active[:, None], 0)  # a pad may be any number
+        return {"input_ids": tokens, "past_key_values": session.handle, "active": session.active}
+
+    def _prefill_columns(self, session: Session, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Feeds what the cache does not hold of the columns `ids` [B, T]: logits [B, vocab]."""
+        self._check_batch(ids.shape[0], 1)
+        ids, mask = session.prompt(ids.to(self.device), None if mask is None else mask.to(self.device))
+        every = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        ends = every[:, -1:].all(1).tolist()
+        if ids.shape[1] > session.handle.ids.shape[1] and not all(ends):
+            got = f"0 in row {ends.index(False)}"
+            raise InputError(must("the last column of attention_mask", "1 in every row", got, "pad on the left"))
+        if session.continues:
+            logits = self.prefill(*session.handle.unfed(ids, every))
+        else:
+            prompt = (ids, None) if mask is None else to_the_right(ids, mask)
+            self.check_prompt(*prompt, empty=True)
+            self.reset()
+            logits = self.prefill(*prompt)
+        session.begin(ids, every)
+        return logits
+
+    def _check_call(self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any]) -> CacheHandle:
+        """Refuses the call, or names the handle it goes on from: a new one unless past_key_values was given."""
+        options = {name: self._option(name, generation_config, kwargs) for name in (*_ONLY, "num_return_sequences")}
+        for name, (accepted, why) in _ONLY.items():
+            value = options[name]
+            if value is not None and value not in accepted:
+                shown = value if isinstance(value, str | int | float) else type(value).__name__
+                raise InputError(must(name, accepted[0] if accepted else "None", shown, why))
+        returned = options["num_return_sequences"] or 1
+        ids, mask = inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if ids is not None:
+            self._check_batch(ids.shape[0], returned)
+        handle = kwargs.get("past_key_values")
+        if handle is None:
+            if ids is not None and mask is not None and mask.shape != ids.shape:
+                raise InputError(must("attention_mask", f"of shape {tuple(ids.shape)}", tuple(mask.shape)))
+            return CacheHandle(self.batch_size, self.device)
+        if not isinstance(handle, CacheHandle):
+            expected = "what an earlier generate of this compiled model returned"
+            raise InputError(must("past_key_values", expected, type(handle).__name__))
+        if handle is not self._handle or handle.changes != self.changes:
+            raise InputError(must("past_key_values", "the state that the cache is in", "one of another state"))
+        if returned != 1:
+            raise InputError(must("num_return_sequences", "1 with past_key_values", returned))
+        return handle
+
+    def _option(self, name: str, generation_config: Any, kwargs: dict[str, Any]) -> Any:
+        """An option as transformers resolves it: the argument, the given generation_config, the model's own."""
+        given = (kwargs.get(name), getattr(generation_config, name, None), getattr(self.generation_config, name, None))
+        return next((value for value in given if value is not None), None)
+
+    def _check_batch(self, rows: int, returned: int) -> None:
+        if rows * returned != self.batch_size:
+            got = f"{rows} rows" if returned == 1 else f"{rows} rows times num_return_sequences {returned}"
+            raise InputError(must("input_ids", f"{self.batch_size} rows, the batch size compiled for", got))
+
+    def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+        return criteria if self._session is None else self._session.watch(criteria, generation_config)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        return False
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return True
+
+    def get_experts_implementation(self) -> dict[str, str]:
+        return {}
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        raise InputError(must("continuous batching", "done by prefill(rows=...), decode and reset(rows)", "generate_batch"))
+
+    def to(self, device: str | int | torch.device) -> Self:
+        """Itself, where it is on that device already: a compiled graph cannot move. Pipelines call this."""
+        wanted = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        if wanted.type != self.device.type or wanted.index not in (None, self.device.index):
+            raise InputError(must("device", f"{self.device}, where the model was compiled", wanted))
+        return self
