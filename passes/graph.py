@@ -56,10 +56,12 @@ def size_expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else int(size)
 
 
-def same_shape(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two nodes have provably equal shapes."""
+def same_shape(a: fx.Node, b: fx.Node, but: int | None = None) -> bool:
+    """Whether two nodes have provably equal shapes, dimension `but` aside."""
     left, right = value(a).shape, value(b).shape
-    return len(left) == len(right) and all(map(same_size, left, right))
+    if len(left) != len(right):
+        return False
+    return all(dim == but or same_size(one, other) for dim, (one, other) in enumerate(zip(left, right, strict=True)))
 
 
 def call(graph: fx.Graph, op: Callable[..., Any], *args: Any, like: fx.Node | None = None) -> fx.Node:

@@ -35,12 +35,11 @@ from zsmerge_compile.passes.graph import (
     call,
     erase_dead,
     number_sites,
-    same_shape,
     same_size,
     value,
     where,
 )
-from zsmerge_compile.passes.scores import Scores, is_cast, product_below, read_scores
+from zsmerge_compile.passes.scores import Scores, product_below, read_scores, uncast
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -95,19 +94,29 @@ def _from_sdpa(node: fx.Node) -> _Site:
 
 def _from_softmax(gm: fx.GraphModule, node: fx.Node) -> _Site | None:
     """The attention around a softmax over the last of four dimensions, None if there is none."""
-    rank = value(node).dim()
-    if rank != 4 or node.args[1] not in (-1, rank - 1):
+    given = arguments(node)
+    if value(node).dim() != 4 or given["dim"] not in (-1, 3):
         return None
     below = product_below(node)
     if below is None:
         return None
-    scores = read_scores(gm, node.args[0], node)
+    scores = read_scores(gm, given["self"], node)
     if scores is None:
         return None
     with gm.graph.inserting_before(below.product):
-        mask = _mask(gm.graph, scores, node)
         key = _untransposed(gm.graph, scores.key_transposed)
-    return _Site(scores.query, key, below.values, mask, False, scores.scale, below.product)
+        query, key, values = _one_dtype(gm.graph, scores.query, key, below.values)
+        mask = _mask(gm.graph, scores, value(query).dtype, node)
+    return _Site(query, key, values, mask, False, scores.scale, below.product)
+
+
+def _one_dtype(graph: fx.Graph, *nodes: fx.Node) -> list[fx.Node]:
+    """The nodes before any cast to a wider type (the op computes in fp32 anyway, a cache should not store it)."""
+    narrow = [uncast(node) for node in nodes]
+    widest = max((value(node).dtype for node in narrow), key=lambda dtype: dtype.itemsize)
+    return [
+        node if value(node).dtype == widest else call(graph, aten.to.dtype, node, widest, like=node) for node in narrow
+    ]
 
 
 def _untransposed(graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -117,8 +126,8 @@ def _untransposed(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return call(graph, aten.transpose.int, node, 2, 3, like=node)
 
 
-def _mask(graph: fx.Graph, scores: Scores, softmax: fx.Node) -> fx.Node | None:
-    """What is added to the logits as one node: a bool mask, a float one in the query's dtype, or None."""
+def _mask(graph: fx.Graph, scores: Scores, dtype: torch.dtype, softmax: fx.Node) -> fx.Node | None:
+    """What is added to the logits as one node: a bool mask, a float one of `dtype`, or None."""
     visible = _visible(graph, scores, softmax)
     total: fx.Node | None = None
     for term, factor in scores.terms:
@@ -128,7 +137,6 @@ def _mask(graph: fx.Graph, scores: Scores, softmax: fx.Node) -> fx.Node | None:
         total = term if total is None else call(graph, aten.add.Tensor, total, term, like=softmax)
     if total is None:
         return visible
-    dtype = value(scores.query).dtype
     if value(total).dtype != dtype:
         total = call(graph, aten.to.dtype, total, dtype, like=softmax)
     if visible is None:
@@ -172,7 +180,6 @@ def _rewrite(gm: fx.GraphModule, site: _Site) -> None:
         replacement = new
         if value(output).dtype != value(new).dtype:
             replacement = call(graph, aten.to.dtype, new, value(output).dtype, like=output)
-    assert same_shape(output, replacement)
     output.replace_all_uses_with(replacement)
     _erase_upwards(graph, output)
 
@@ -182,5 +189,5 @@ def _erase_upwards(graph: fx.Graph, node: fx.Node) -> None:
     inputs: list[Any] = list(node.all_input_nodes)
     erase_dead(graph, [node])
     for used in inputs:
-        if not used.users and used.op == "call_function" and (aten_name(used) or is_cast(used)):
+        if not used.users and aten_name(used):
             _erase_upwards(graph, used)

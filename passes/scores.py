@@ -33,9 +33,14 @@ class Below:
     values: fx.Node
 
 
-def is_cast(node: fx.Node) -> bool:
-    """Whether a node changes nothing but dtype, device or layout."""
-    return aten_name(node) in CASTS
+def uncast(node: fx.Node) -> fx.Node:
+    """The node that `node` copies into a wider floating-point type, or else `node` itself."""
+    while aten_name(node) in CASTS and _is_node(node.args[0]):
+        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        if not value(source).is_floating_point() or value(source).dtype.itemsize >= value(node).dtype.itemsize:
+            break
+        node = source
+    return node
 
 
 def product_below(softmax: fx.Node) -> Below | None:

@@ -60,7 +60,7 @@ def _module(package: str, name: str) -> str:
 MAY_IMPORT = {
     "zsmerge_compile/ops": {"errors"},
     "passes": {"errors", "ops", "models.spec"},
-    "zsmerge_compile/runtime": {"cache", "config", "errors", "ops", "program", "models.spec"},
+    "zsmerge_compile/runtime": {"cache", "config", "errors", "ops", "program", "models.spec", "lower.lowered"},
 }
 
 

@@ -114,6 +114,9 @@ class GenerateMixin(GenerationMixin):
         """
         if self._session is not None:
             raise CacheStateError("generate must have returned before it is called again on one compiled model")
+        if self.generation_config is None:
+            hint = "drive prefill and decode yourself"
+            raise InputError(must("the compiled model", "of a transformers class to generate", "another class", hint))
         handle = self._check_call(inputs, generation_config, kwargs)
         self._session = session = Session(handle, kwargs.get("attention_mask"))
         try:
@@ -187,13 +190,15 @@ class GenerateMixin(GenerationMixin):
                 shown = value if isinstance(value, str | int | float) else type(value).__name__
                 raise InputError(must(name, accepted[0] if accepted else "None", shown, why))
         returned = options["num_return_sequences"] or 1
+        handle = kwargs.get("past_key_values")
         ids, mask = inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("attention_mask")
         if ids is not None:
+            if ids.dim() != 2 or ids.shape[1] == 0:
+                raise InputError(must("input_ids", "[batch, length] with at least one column", list(ids.shape)))
             self._check_batch(ids.shape[0], returned)
-        handle = kwargs.get("past_key_values")
+            if handle is None and mask is not None and mask.shape != ids.shape:
+                raise InputError(must("attention_mask", f"of input_ids' shape {list(ids.shape)}", list(mask.shape)))
         if handle is None:
-            if ids is not None and mask is not None and mask.shape != ids.shape:
-                raise InputError(must("attention_mask", f"of shape {tuple(ids.shape)}", tuple(mask.shape)))
             return CacheHandle(self.batch_size, self.device)
         if not isinstance(handle, CacheHandle):
             expected = "what an earlier generate of this compiled model returned"

@@ -1,0 +1,8 @@
+"""The one table of tolerances: every test and every check uses these."""
+
+from __future__ import annotations
+
+OP_FP32 = 1e-5  # outputs of the cache ops in fp32, absolute and relative
+LOGITS_FP32 = 1e-4  # model logits in fp32, as a share of their range (largest - smallest)
+HALF_FACTOR = 2.0  # bf16, fp16 logits: at most this times what transformers' sdpa and eager attention differ by
+DECISION = 1e-5  # two scores or products closer than this, relatively, may be ordered either way
