@@ -85,12 +85,17 @@ def _unexpanded(node: object, step: int) -> object:
         return None
     if value(node).dim() != 5 or value(node).shape[2] != step:
         return None
-    node = node.args[0]
+    node = _unsliced(node.args[0])
+    if isinstance(node, fx.Node) and aten_name(node) == "unsqueeze" and source_dim(node, 2) is None:
+        return _unsliced(node.args[0])
+    return None
+
+
+def _unsliced(node: object) -> object:
+    """The node under slices that take everything, which indexing with `:` leaves in a trace."""
     while isinstance(node, fx.Node) and aten_name(node) == "slice" and is_whole(node):
         node = node.args[0]
-    if isinstance(node, fx.Node) and aten_name(node) == "unsqueeze" and source_dim(node, 2) is None:
-        return node.args[0]
-    return None
+    return node
 
 
 def _smaller(found: fx.Node, node: fx.Node, step: int) -> bool:

@@ -21,26 +21,27 @@ from zsmerge_compile.program import Program
 
 def lower(program: Program) -> Lowered:
     """Compile both graphs; returns when the code is ready."""
-    decode, decode_kernel = expand(program.decode, program.policy.decode_op, program.device.type)
-    prefill, extend_kernel = expand(program.prefill, program.policy.extend_op, program.device.type)
+    policy, device = program.policy, program.device.type
+    chosen = {op: kernels.choose(op, device) for op in (policy.decode_op, policy.extend_op)}
+    names = {op: kernel.name if kernel else f"{op} (one opaque call)" for op, kernel in chosen.items()}
     state = [tensor for layer in program.allocate() for tensor in layer]
+    prefill = expand(program.prefill, policy.extend_op, chosen[policy.extend_op])
+    decode = expand(program.decode, policy.decode_op, chosen[policy.decode_op])
     return Lowered(
         compile_graph(prefill, prefill_inputs(program, state)),
         compile_graph(decode, decode_inputs(program, state)),
-        {"decode": decode_kernel, "extend": extend_kernel},
+        {"decode": names[policy.decode_op], "extend": names[policy.extend_op]},
     )
 
 
-def expand(gm: fx.GraphModule, op: Any, device_type: str) -> tuple[fx.GraphModule, str]:
-    """A copy of the graph (its parameters shared) that calls the chosen kernel in place of `op`, and its name."""
-    kernel = kernels.choose(op, device_type)
+def expand(gm: fx.GraphModule, op: Any, kernel: kernels.Kernel | None) -> fx.GraphModule:
+    """A copy of the graph (its parameters shared) that calls `kernel`, where there is one, in place of `op`."""
     copied = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    if kernel is None:
-        return copied, f"{op} (one opaque call)"
-    for node in copied.graph.find_nodes(op="call_function", target=op):
-        node.target = kernel.run
-    copied.recompile()
-    return copied, kernel.name
+    if kernel is not None:
+        for node in copied.graph.find_nodes(op="call_function", target=op):
+            node.target = kernel.run
+        copied.recompile()
+    return copied
 
 
 def decode_inputs(program: Program, state: list[Tensor]) -> list[Tensor]:

@@ -33,36 +33,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from zsmerge_compile.errors import CacheStateError, InputError, must
 from zsmerge_compile.runtime.handle import CacheHandle, to_the_right
+from zsmerge_compile.runtime.options import Options, check_options
 from zsmerge_compile.runtime.session import Session
-
-_NO_COPIES = "beam search would have to copy one row's cache over another's"
-_NO_UNDO = "assisted generation would have to take tokens back out of a compressed cache"
-_ONE_CACHE = "a compiled model has one cache, its own"
-
-# argument -> the values accepted beside None, and why no other
-_ONLY: dict[str, tuple[tuple[object, ...], str]] = {
-    "num_beams": ((1,), _NO_COPIES),
-    "num_beam_groups": ((1,), _NO_COPIES),
-    "constraints": ((), _NO_COPIES),
-    "force_words_ids": ((), _NO_COPIES),
-    "assistant_model": ((), _NO_UNDO),
-    "prompt_lookup_num_tokens": ((), _NO_UNDO),
-    "assistant_early_exit": ((), _NO_UNDO),
-    "use_mtp": ((False,), _NO_UNDO),
-    "penalty_alpha": ((0,), "contrastive search would have to try several tokens on one cache"),
-    "dola_layers": ((), "only the last layer's logits are computed"),
-    "guidance_scale": ((1,), "classifier-free guidance would need a second cache"),
-    "negative_prompt_ids": ((), "classifier-free guidance would need a second cache"),
-    "token_healing": ((False,), "it calls generate within generate"),
-    "custom_generate": ((), "the loop is transformers' own"),
-    "use_cache": ((True,), _ONE_CACHE),
-    "cache_implementation": ((), _ONE_CACHE),
-    "prefill_chunk_size": ((), 'compile with ZSMergeConfig(prefill="chunked") for a prompt fed in chunks'),
-    "output_attentions": ((False,), "attention weights do not leave the cache op"),
-    "output_hidden_states": ((False,), "only logits leave the compiled graph"),
-    "inputs_embeds": ((), "pass input_ids"),
-    "position_ids": ((), "positions follow the attention_mask"),
-}
 
 
 class GenerateMixin(GenerationMixin):
@@ -183,12 +155,8 @@ class GenerateMixin(GenerationMixin):
 
     def _check_call(self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any]) -> CacheHandle:
         """Refuses the call, or names the handle it goes on from: a new one unless past_key_values was given."""
-        options = {name: self._option(name, generation_config, kwargs) for name in (*_ONLY, "num_return_sequences")}
-        for name, (accepted, why) in _ONLY.items():
-            value = options[name]
-            if value is not None and value not in accepted:
-                shown = value if isinstance(value, str | int | float) else type(value).__name__
-                raise InputError(must(name, accepted[0] if accepted else "None", shown, why))
+        options = Options(kwargs, generation_config, self.generation_config)
+        check_options(options)
         returned = options["num_return_sequences"] or 1
         handle = kwargs.get("past_key_values")
         ids, mask = inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("attention_mask")
@@ -208,11 +176,6 @@ class GenerateMixin(GenerationMixin):
         if returned != 1:
             raise InputError(must("num_return_sequences", "1 with past_key_values", returned))
         return handle
-
-    def _option(self, name: str, generation_config: Any, kwargs: dict[str, Any]) -> Any:
-        """An option as transformers resolves it: the argument, the given generation_config, the model's own."""
-        given = (kwargs.get(name), getattr(generation_config, name, None), getattr(self.generation_config, name, None))
-        return next((value for value in given if value is not None), None)
 
     def _check_batch(self, rows: int, returned: int) -> None:
         if rows * returned != self.batch_size:
@@ -239,7 +202,8 @@ class GenerateMixin(GenerationMixin):
         return {}
 
     def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        raise InputError(must("continuous batching", "done by prefill(rows=...), decode and reset(rows)", "generate_batch"))
+        instead = "done with prefill(rows=...), decode and reset(rows=...)"
+        raise InputError(must("continuous batching", instead, "generate_batch"))
 
     def to(self, device: str | int | torch.device) -> Self:
         """Itself, where it is on that device already: a compiled graph cannot move. Pipelines call this."""

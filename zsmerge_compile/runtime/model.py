@@ -40,7 +40,8 @@ class CompiledModel(GenerateMixin):
         self.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
         self.device, self.dtype, self.batch_size = program.device, program.dtype, program.batch_size
         self.cache = Cache(program)
-        self._lowered = lowered
+        self.decode_graph = lowered.decode  # (token_ids, seen, active, *state) -> logits, without checks or bookkeeping
+        self.prefill_graph = lowered.prefill
         self._chunk = chunk
         self._check_nan = check_nan
         self._longest = 0  # tokens in the fullest row, or more: known without asking the device
@@ -59,7 +60,7 @@ class CompiledModel(GenerateMixin):
             for ids, pads in _chunks(prompt, self._chunk):
                 columns = torch.arange(ids.shape[1], device=self.device)
                 positions = (seen[slots][:, None] + columns - pads[:, None]).clamp_min(0)
-                logits = self._lowered.prefill(ids, positions, slots, seen, pads, *self.cache.flat)
+                logits = self.prefill_graph(ids, positions, slots, seen, pads, *self.cache.flat)
                 seen[slots] += ids.shape[1] - pads
             self._longest = max(self._longest, int(seen[slots].max()))
             return self._finish(logits)
@@ -80,7 +81,7 @@ class CompiledModel(GenerateMixin):
         self._check_room(active)
         seen = self.cache.seen_tokens
         with self._writing(active):
-            logits = self._lowered.decode(token_ids.long(), seen, active, *self.cache.flat)
+            logits = self.decode_graph(token_ids.long(), seen, active, *self.cache.flat)
             seen += active
             return self._finish(logits, active)
 
