@@ -51,8 +51,8 @@ def _best_by_head(kinds: list[MaskKind], bias: Tensor, visible: Tensor, query: T
     errors = torch.stack([deviation(kind, bias, visible, query, dtype) for kind in kinds])
     errors[1] -= 1e-12
     chosen = errors.argmin(0).tolist()
-    slopes = [kinds[which].slopes[head] for head, which in enumerate(chosen)]  # type: ignore[index]
-    return replace(middle, slopes=tuple(slopes))
+    columns = list(zip(*(kind.slopes or () for kind in kinds), strict=True))
+    return replace(middle, slopes=tuple(columns[head][which] for head, which in enumerate(chosen)))
 
 
 def _kind(slopes: Tensor, divisor: float, bf16: bool) -> MaskKind:

@@ -18,12 +18,13 @@ numbers, or heads tiled in another order than the grouped attention's (consecuti
 
 import math
 import sys
+from typing import Any
 
 import torch
 from torch import fx
 
 from zsmerge_compile.errors import UnsupportedGraphError, must
-from zsmerge_compile.passes.graph import PassContext, attention_sites, aten_name, call, same_shape, value, where
+from zsmerge_compile.passes.graph import PassContext, aten_name, attention_sites, call, same_shape, value, where
 from zsmerge_compile.passes.repeats import Repeats, is_whole, source_dim
 
 aten = torch.ops.aten
@@ -77,7 +78,7 @@ def _before_repeat(node: fx.Node, step: int) -> fx.Node | None:
     return found if isinstance(found, fx.Node) and _smaller(found, node, step) else None
 
 
-def _unexpanded(node: object, step: int) -> object:
+def _unexpanded(node: Any, step: int) -> Any:
     """The 4-D node under clone(expand(slices(unsqueeze(x, 2)), [B, G, step, T, D]))."""
     while isinstance(node, fx.Node) and aten_name(node) in ("clone", "contiguous"):
         node = node.args[0]
@@ -91,7 +92,7 @@ def _unexpanded(node: object, step: int) -> object:
     return None
 
 
-def _unsliced(node: object) -> object:
+def _unsliced(node: Any) -> Any:
     """The node under slices that take everything, which indexing with `:` leaves in a trace."""
     while isinstance(node, fx.Node) and aten_name(node) == "slice" and is_whole(node):
         node = node.args[0]

@@ -15,7 +15,13 @@ from torch import Tensor, fx
 from zsmerge_compile.passes.graph import arguments, aten_name, attribute, value
 from zsmerge_compile.passes.repeats import is_pointwise, source_dim
 
-_FILLED = {"masked_fill": "value", "where": "other", "full": "fill_value", "scalar_tensor": "s", "full_like": "fill_value"}
+_FILLED = {
+    "masked_fill": "value",
+    "where": "other",
+    "full": "fill_value",
+    "full_like": "fill_value",
+    "scalar_tensor": "s",
+}
 _COMPARE = ("lt", "le", "gt", "ge", "eq", "ne", "add", "sub", "floor_divide", "remainder")
 _UNBOUNDED = 2**31  # an integer constant from here on means "no end"
 
@@ -29,7 +35,7 @@ class Rows:
         self._some: dict[tuple[fx.Node, int], Tensor] = {}
 
     def of(self, node: fx.Node, dim: int) -> Tensor:
-        """The node's value with only `rows` of dimension `dim` (counted from 0), or all of it if its size there is 1."""
+        """The node's value with only `rows` of dimension `dim` (counted from 0); all of it if its size there is 1."""
         if _is_one(node, dim):
             return self.full(node)
         key = (node, dim)
@@ -91,7 +97,8 @@ class Rows:
         rank = max(value(index).dim() for index in indices)
         if dim >= rank:
             return self.full(node).index_select(dim, self._rows)
-        picked = [self.of(index, at) if (at := dim - rank + value(index).dim()) >= 0 else self.full(index) for index in indices]
+        offsets = [dim - rank + value(index).dim() for index in indices]
+        picked = [self.full(i) if at < 0 else self.of(i, at) for i, at in zip(indices, offsets, strict=True)]
         return self.full(node.args[0])[tuple(picked)]  # type: ignore[arg-type]
 
 
@@ -136,5 +143,5 @@ def _constants(gm: fx.GraphModule, node: fx.Node) -> list[float]:
     given: Any = arguments(node) if name else dict(enumerate(node.args))
     given.pop(_FILLED.get(name), None)
     numbers = [leaf for leaf in torch.utils._pytree.tree_leaves(list(given.values())) if isinstance(leaf, int | float)]
-    whole = [n for n in numbers if isinstance(n, int) or name in _COMPARE or node.target in (operator.add, operator.sub)]
-    return [float(number) for number in whole if not isinstance(number, bool)]
+    compared = name in _COMPARE or node.target in (operator.add, operator.sub)
+    return [float(n) for n in numbers if not isinstance(n, bool) and (compared or isinstance(n, int))]

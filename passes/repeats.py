@@ -14,9 +14,13 @@ from torch import fx
 from zsmerge_compile.passes.graph import arguments, aten_name, same_size, value
 from zsmerge_compile.passes.scores import CASTS
 
-ANY = 0  # the factor along a dimension of size 1: broadcasting may repeat it as often as it likes; gcd's neutral element
+ANY = 0  # the factor along a dimension of size 1: broadcasting may repeat it at will; gcd's neutral element
 
-_POINTWISE = (*CASTS, "where", "rsub")  # those without torch's own tag
+_POINTWISE = (  # those without torch's own tag
+    *CASTS,
+    *("where", "rsub", "masked_fill", "floor_divide", "__and__", "__or__", "__xor__"),
+    *("multiply", "divide", "subtract", "greater", "greater_equal", "less", "less_equal", "not_equal"),
+)
 _RESHAPES = ("view", "reshape", "_unsafe_view", "flatten", "unflatten")
 _REDUCTIONS = ("mean", "sum", "amax", "amin", "var", "linalg_vector_norm")
 _LAST_DIMS = ("softmax", "_softmax", "linear")  # entries along any other dimension are treated alike
@@ -146,7 +150,8 @@ class Repeats:
 def is_pointwise(node: fx.Node) -> bool:
     """Whether each output entry is made, the same way everywhere, from its inputs' entries at the same place."""
     tags = getattr(node.target, "tags", ())
-    return (aten_name(node) in _POINTWISE or torch.Tag.pointwise in tags) and torch.Tag.nondeterministic_seeded not in tags
+    pointwise = aten_name(node) in _POINTWISE or torch.Tag.pointwise in tags
+    return pointwise and torch.Tag.nondeterministic_seeded not in tags
 
 
 def source_dim(node: fx.Node, dim: int) -> int | None:

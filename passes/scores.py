@@ -35,8 +35,7 @@ class Below:
 
 def uncast(node: fx.Node) -> fx.Node:
     """The node that `node` copies into a wider floating-point type, or else `node` itself."""
-    while aten_name(node) in CASTS and _is_node(node.args[0]):
-        source: fx.Node = node.args[0]  # type: ignore[assignment]
+    while aten_name(node) in CASTS and isinstance(source := node.args[0], fx.Node):
         if not value(source).is_floating_point() or value(source).dtype.itemsize >= value(node).dtype.itemsize:
             break
         node = source
@@ -49,7 +48,8 @@ def product_below(softmax: fx.Node) -> Below | None:
     while len(node.users) == 1:
         (user,) = node.users
         if aten_name(user) in _PRODUCTS:
-            return Below(user, user.args[1]) if user.args[0] is node and _is_node(user.args[1]) else None  # type: ignore[arg-type]
+            weights, values = user.args[:2]
+            return Below(user, values) if weights is node and isinstance(values, fx.Node) else None
         if not _passes(user) or user.args[0] is not node:
             return None
         node = user
@@ -70,7 +70,7 @@ def read_scores(gm: fx.GraphModule, node: Any, softmax: fx.Node) -> Scores | Non
 
 
 def _read(gm: fx.GraphModule, node: Any) -> Scores | None:
-    if not _is_node(node):
+    if not isinstance(node, fx.Node):
         return None
     name = aten_name(node)
     if name in _PRODUCTS:
@@ -94,9 +94,9 @@ def _read(gm: fx.GraphModule, node: Any) -> Scores | None:
 def _product(node: fx.Node) -> Scores | None:
     """q @ k^T: both operands computed from tokens, with heads and both lengths kept apart."""
     query, key = node.args[:2]
-    if not _is_node(query) or not _is_node(key) or value(query).dim() != 4 or value(key).dim() != 4:  # type: ignore[arg-type]
+    if not isinstance(query, fx.Node) or not isinstance(key, fx.Node):
         return None
-    return Scores(query, key)  # type: ignore[arg-type]
+    return Scores(query, key) if value(query).dim() == value(key).dim() == 4 else None
 
 
 def _scaled(gm: fx.GraphModule, node: fx.Node, name: str) -> Scores | None:
@@ -158,12 +158,12 @@ def _passes(node: fx.Node) -> bool:
 
 def _between(node: Any) -> fx.Node | None:
     """The first node above a softmax that `_read` could not follow although a 4-D product lies above it."""
-    while _is_node(node):
+    while isinstance(node, fx.Node):
         inputs = [used for used in node.all_input_nodes if _has_product(used)]
         if aten_name(node) in _PRODUCTS or len(inputs) != 1:
             return None if aten_name(node) in _PRODUCTS or not inputs else node
         if not _passes(node) and aten_name(node) not in ("mul", "div", "add", "sub", "masked_fill", "where"):
-            return node  # type: ignore[no-any-return]
+            return node
         node = inputs[0]
     return None
 
@@ -181,7 +181,3 @@ def _has_product(node: fx.Node) -> bool:
 
 def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.Tensor)
-
-
-def _is_node(node: Any) -> bool:
-    return isinstance(node, fx.Node)

@@ -135,7 +135,8 @@ def plain(unlifted: Any) -> fx.GraphModule:
         elif node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default  # passes change layouts, and a view insists on one
     output = graph.output_node()
-    (output.args,) = output.args  # export returns a tuple of one
+    (results,) = output.args
+    output.args = tuple(results)  # type: ignore[arg-type]  # export returns a tuple of one
     graph.set_codegen(fx.graph.CodeGen())
     _erase_unused(graph)
     return fx.GraphModule(unlifted, graph, class_name="Captured")
