@@ -55,6 +55,8 @@ def _classify(gm: fx.GraphModule, ctx: PassContext, site: fx.Node) -> MaskKind:
         raise UnsupportedMaskError(must("attention mask", KINDS, "none at all", where(site)))
     if is_causal:
         raise UnsupportedMaskError(must("attention", "masked or is_causal", "both", where(site)))
+    if any(node.target == "input_ids" for node in needed(mask)):
+        raise UnsupportedMaskError(must("attention mask", KINDS, "one that depends on the tokens", where(mask)))
     plain = _evaluated(gm, ctx, mask, pads=0)
     kind = _kind(plain, site)
     padded = _evaluated(gm, ctx, mask, pads=PADS)

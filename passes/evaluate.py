@@ -9,20 +9,16 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
-from zsmerge_compile.passes.graph import arguments, aten_name, attribute, value
+from zsmerge_compile.passes.graph import arguments, aten_name, attribute, size_expression, value
 from zsmerge_compile.passes.repeats import is_pointwise, source_dim
 
-_FILLED = {
-    "masked_fill": "value",
-    "where": "other",
-    "full": "fill_value",
-    "full_like": "fill_value",
-    "scalar_tensor": "s",
-}
+_FILLED = {"masked_fill": "value", "where": "other", "full": "fill_value", "scalar_tensor": "s"}
 _COMPARE = ("lt", "le", "gt", "ge", "eq", "ne", "add", "sub", "floor_divide", "remainder")
+_SHAPE_ONLY = ("sym_size", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full")
 _UNBOUNDED = 2**31  # an integer constant from here on means "no end"
 
 
@@ -33,6 +29,12 @@ class Rows:
         self._gm, self._inputs, self._rows = gm, inputs, rows
         self._full: dict[fx.Node, Any] = {}
         self._some: dict[tuple[fx.Node, int], Tensor] = {}
+        self._sizes = {
+            size.node.expr: actual
+            for node in gm.graph.find_nodes(op="placeholder")
+            for size, actual in zip(value(node).shape, inputs[str(node.target)].shape, strict=True)
+            if isinstance(size, torch.SymInt)
+        }
 
     def of(self, node: fx.Node, dim: int) -> Tensor:
         """The node's value with only `rows` of dimension `dim` (counted from 0); all of it if its size there is 1."""
@@ -54,8 +56,22 @@ class Rows:
             return self._inputs[str(node.target)]
         if node.op == "get_attr":
             return attribute(self._gm, str(node.target))
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self.full)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        if aten_name(node) in _SHAPE_ONLY:
+            source: fx.Node = node.args[0]  # type: ignore[assignment]
+            return self._call(node, self._stand_in(source, None), node.args[1:])
+        return self._call(node, *fx.map_arg(node.args[:1], self.full), node.args[1:])
+
+    def _call(self, node: fx.Node, first: Any, rest: Any) -> Any:
+        """The node's operator on a given first argument, the others evaluated in full."""
+        others, kwargs = fx.map_arg((rest, node.kwargs), self.full)
+        return node.target(first, *others, **kwargs)  # type: ignore[operator]
+
+    def _stand_in(self, node: fx.Node, dim: int | None) -> Tensor:
+        """A tensor of node's shape (as many as `rows` in `dim`) and dtype, whose values are of no account."""
+        sizes = [int(sympy.sympify(size_expression(size)).subs(self._sizes)) for size in value(node).shape]
+        if dim is not None:
+            sizes[dim] = len(self._rows)
+        return torch.zeros((), dtype=value(node).dtype, device=value(node).device).expand(sizes)
 
     def _of(self, node: fx.Node, dim: int) -> Tensor:
         name = aten_name(node)
@@ -66,8 +82,11 @@ class Rows:
         if name in ("unsqueeze", "transpose", "permute", "slice", "squeeze"):
             source = source_dim(node, dim)
             if source is not None and isinstance(node.args[0], fx.Node):
-                rest, kwargs = fx.map_arg((node.args[1:], node.kwargs), self.full)
-                return node.target(self.of(node.args[0], source), *rest, **kwargs)  # type: ignore[operator]
+                return self._call(node, self.of(node.args[0], source), node.args[1:])
+        if name in ("zeros_like", "ones_like", "full_like"):
+            return self._call(node, self._stand_in(node, dim), node.args[1:])
+        if name in ("triu", "tril") and dim == value(node).dim() - 2:
+            return self._triangle(node, dim)
         if name == "index" and all(index is not None for index in node.args[1]):  # type: ignore[union-attr]
             return self._gathered(node, dim)
         return self.full(node).index_select(dim, self._rows)
@@ -91,6 +110,11 @@ class Rows:
         sizes[dim] = len(self._rows)
         return (self.full(source) if at < 0 else self.of(source, at)).expand(sizes)
 
+    def _triangle(self, node: fx.Node, dim: int) -> Tensor:
+        rows = self.of(node.args[0], dim)  # type: ignore[arg-type]
+        offset = torch.arange(rows.shape[-1], device=rows.device) - self._rows[:, None] - arguments(node)["diagonal"]
+        return rows * (offset >= 0 if aten_name(node) == "triu" else offset <= 0)
+
     def _gathered(self, node: fx.Node, dim: int) -> Tensor:
         """x[i, j, ...] with an index for each leading dimension: the indices are broadcast like operands."""
         indices: Any = node.args[1]
@@ -108,14 +132,20 @@ def _is_one(node: fx.Node, dim: int) -> bool:
 
 
 def needed(node: fx.Node) -> list[fx.Node]:
-    """The node and everything it is computed from."""
+    """The node and everything whose value it is computed from; a tensor of which only the shape matters is left out."""
     found, open_nodes = {node: None}, [node]
     while open_nodes:
-        for used in open_nodes.pop().all_input_nodes:
+        for used in _read_inputs(open_nodes.pop()):
             if used not in found:
                 found[used] = None
                 open_nodes.append(used)
     return list(found)
+
+
+def _read_inputs(node: fx.Node) -> list[fx.Node]:
+    if aten_name(node) in _SHAPE_ONLY:
+        return [used for used in node.all_input_nodes if used is not node.args[0]]
+    return node.all_input_nodes
 
 
 def largest_constant(gm: fx.GraphModule, nodes: list[fx.Node]) -> tuple[int, fx.Node | None]:

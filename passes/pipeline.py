@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from zsmerge_compile.passes.insert_cache import insert_cache
 from zsmerge_compile.passes.normalize_attention import normalize_attention
 from zsmerge_compile.passes.verify import verify
 
-Pass = Callable[[fx.GraphModule, PassContext], int]
+Pass = Callable[..., int]  # (gm, ctx) -> rewrites
 
 CANONICALISE: tuple[tuple[str, Pass], ...] = (
     ("normalize_attention", normalize_attention),  # first: every later pass looks for the one canonical op
@@ -49,15 +50,20 @@ def run(prefill: fx.GraphModule, decode: fx.GraphModule, spec: ModelSpec, policy
     graphs = {"prefill": _Graph("prefill", prefill, context), "decode": _Graph("decode", decode, context)}
     for graph in graphs.values():
         for name, rewrite in CANONICALISE:
-            graph.apply(name, lambda gm, rewrite=rewrite: rewrite(gm, context))  # type: ignore[misc]
+            graph.apply(name, partial(rewrite, ctx=context))
     context.masks = classify_masks(prefill, context)  # a decode mask of one element tells nothing: prefill decides
     sites = find_sites(prefill, context)
     layouts = policy.layouts(sites)
     for name, graph in graphs.items():
         order = [layer for layer, _ in attention_sites(graph.module)]
-        chosen = [sites[layer] for layer in order], [layouts[layer] for layer in order]
-        decoding = name == "decode"
-        graph.apply("insert_cache", lambda gm, c=chosen, d=decoding: insert_cache(gm, *c, policy, decode=d))  # type: ignore[misc]
+        insert = partial(
+            insert_cache,
+            sites=[sites[layer] for layer in order],
+            layouts=[layouts[layer] for layer in order],
+            policy=policy,
+            decode=name == "decode",
+        )
+        graph.apply("insert_cache", insert)
     counts = {name: graph.counts for name, graph in graphs.items()}
     return Rewritten(prefill, decode, sites, layouts, counts)
 

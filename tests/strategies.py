@@ -54,7 +54,7 @@ def cases(
     windows: bool = True,
     alibi: bool = True,
     min_residual: int = 0,
-    decays: st.SearchStrategy[float] = st.sampled_from([0.0, 0.5, 0.9, 0.98, 1.0]),
+    decays: tuple[float, ...] = (0.0, 0.5, 0.9, 0.98, 1.0),
 ) -> Case:
     """Caches of 1-12 slots, grouped heads, windows at least as large as the budget or none, ALiBi or none."""
     kv_heads, repeats = draw(st.integers(1, 2)), draw(st.integers(1, 3))
@@ -70,7 +70,7 @@ def cases(
         proximity,
         context,
         alpha=draw(st.sampled_from([0.0, 0.6, 1.0])),
-        decay=draw(decays),
+        decay=draw(st.sampled_from(decays)),
         scale=0.5,
         window=window,
         merge=draw(st.sampled_from(["segment", "sequential"])),

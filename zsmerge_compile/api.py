@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from importlib import import_module
 
-import torch
 from torch import nn
 
 from zsmerge_compile.capture import capture
@@ -48,8 +47,14 @@ def compile(
     policy = ZSMergePolicy(config)
     rewritten = pipeline.run(captured.prefill, captured.decode, spec, policy)
     parameter = next(model.parameters())
-    program = Program(**rewritten._asdict(), spec=spec, policy=policy, batch_size=batch_size,
-                      dtype=parameter.dtype, device=parameter.device)
+    program = Program(
+        **rewritten._asdict(),
+        spec=spec,
+        policy=policy,
+        batch_size=batch_size,
+        dtype=parameter.dtype,
+        device=parameter.device,
+    )
     lowered: Lowered = import_module(f"zsmerge_compile.lower.{backend}").lower(program)
     report = Report(
         model=type(model).__name__,
@@ -63,7 +68,9 @@ def compile(
         compile_seconds=time.perf_counter() - started,
         kernels=lowered.kernels,
     )
-    return CompiledModel(model, program, lowered, report, config.chunk if config.prefill == "chunked" else None, check_nan)
+    return CompiledModel(
+        model, program, lowered, report, config.chunk if config.prefill == "chunked" else None, check_nan
+    )
 
 
 def _check_arguments(model: object, config: object, batch_size: object, backend: object) -> None:

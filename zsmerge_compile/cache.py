@@ -59,5 +59,10 @@ class Cache:
         broken = sorted(set(rows) & set(self.broken_rows()))
         if broken:
             raise CacheStateError(
-                must(f"cache rows {broken}", "valid", "rows that an earlier call left half written", f"reset(rows={broken})")
+                must(
+                    f"cache rows {broken}",
+                    "valid",
+                    "rows that an earlier call left half written",
+                    f"reset(rows={broken})",
+                )
             )

@@ -63,26 +63,32 @@ def _example(batch: int, length: int, device: torch.device) -> tuple[Tensor, ...
 
 
 def _trace(model: nn.Module, spec: ModelSpec, example: tuple[Tensor, ...], dynamic: bool) -> fx.GraphModule:
-    dim = torch.export.Dim
-    shape = {0: dim("batch", min=1), 1: dim("length", min=1)} if dynamic else None
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its pytree classes
-            program = torch.export.export(
-                _LastLogits(model, spec), example, dynamic_shapes=(shape,) * len(INPUTS), strict=False
-            )
-            unlifted = _functional(program)
-    except UnsupportedGraphError:
-        raise
-    except Exception as error:  # torch.export raises a dozen unrelated types
-        what = f"{type(model).__name__}.forward"
-        expected = "traceable by torch.export for every batch size and length"
-        raise UnsupportedGraphError(must(what, expected, f"{type(error).__name__}: {error}")) from error
-    module = plain(unlifted)
+    # A stored table (of masks, say) bounds the length: if tracing for any length fails, the model's own limit may do.
+    limits = [None, spec.max_positions] if dynamic and spec.max_positions is not None else [None]
+    for limit in limits:
+        try:
+            module = plain(_export(_LastLogits(model, spec), example, dynamic, limit))
+            break
+        except UnsupportedGraphError:
+            raise
+        except Exception as error:  # torch.export raises a dozen unrelated types
+            if limit is limits[-1]:
+                what = f"{type(model).__name__}.forward"
+                expected = "traceable by torch.export for every batch size and length"
+                raise UnsupportedGraphError(must(what, expected, f"{type(error).__name__}: {error}")) from error
     names = tuple(node.target for node in module.graph.find_nodes(op="placeholder"))
     if names != INPUTS:
         raise UnsupportedGraphError(must("placeholders of the trace", INPUTS, names))
     return module
+
+
+def _export(model: nn.Module, example: tuple[Tensor, ...], dynamic: bool, limit: int | None) -> Any:
+    dim = torch.export.Dim
+    shape = {0: dim("batch", min=1), 1: dim("length", min=1, max=limit)} if dynamic else None
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its pytree classes
+        program = torch.export.export(model, example, dynamic_shapes=(shape,) * len(INPUTS), strict=False)
+        return _functional(program)
 
 
 def _functional(program: torch.export.ExportedProgram) -> Any:

@@ -82,7 +82,9 @@ class ZSMergeConfig:
         budgets = self._budgets()
         if not isinstance(self.budget, tuple):
             return budgets * num_layers
-        _check(len(budgets) == num_layers, "budget list", f"one count per layer ({num_layers})", f"{len(budgets)} counts")
+        _check(
+            len(budgets) == num_layers, "budget list", f"one count per layer ({num_layers})", f"{len(budgets)} counts"
+        )
         return budgets
 
     def split(self, budget: int, window: int | None = None) -> Split:

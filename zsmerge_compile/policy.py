@@ -17,7 +17,7 @@ class ZSMergePolicy:
     """Ring of recent tokens, best-scoring context, merged residual (see `ops/reference.py`)."""
 
     name = "zsmerge"
-    state_fields = State._fields
+    state_fields: tuple[str, ...] = State._fields
 
     def __init__(self, config: ZSMergeConfig) -> None:
         self.config = config

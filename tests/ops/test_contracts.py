@@ -53,7 +53,9 @@ def test_inductor_compiles_the_step_without_copying_keys_or_values(rule: tuple[A
         expected_args = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
         expected = contracts.DECODE(*expected_args)
         out, code = run_and_get_code(torch.compile(decode_step, fullgraph=True, dynamic=False), *args)
-    sizes = [tuple(int(d) for d in m.split(",")) for m in re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", "".join(code))]
+    sizes = [
+        tuple(int(d) for d in m.split(",")) for m in re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", "".join(code))
+    ]
     assert sizes, "the generated code must allocate something, or this test reads it wrongly"
     cache = args[3].numel()
     assert max(torch.Size(size).numel() for size in sizes) < cache // 2

@@ -34,22 +34,22 @@ def moments(state: State) -> tuple[Tensor, Tensor]:
     return tuple(weight @ torch.cat([held[0, 0, :singles], mean[0, 0]]).double() for held, mean in pairs)  # type: ignore[return-value]
 
 
+def error(held: Tensor, total: Tensor) -> float:
+    return float((held - total).norm() / total.norm())
+
+
 @pytest.mark.parametrize("steps", [3_000, pytest.param(100_000, marks=pytest.mark.slow)])
+@torch.no_grad()
 def test_weights_and_first_moments_after_many_steps(steps: int) -> None:
     generator, layer = CASE.generator(), Layer(CASE, torch.bfloat16)
-    sums, norms = torch.zeros(2, 8, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-    mean, stuck = torch.zeros(8, dtype=torch.bfloat16), torch.zeros(8, dtype=torch.float64)
-    with torch.no_grad():
-        for step in range(steps):
-            new = drifting(generator, step / steps)
-            layer.decode(new)
-            both = torch.stack([new.key[0, 0, 0], new.value[0, 0, 0]]).double()
-            sums += both
-            norms += both.norm(dim=-1)
-            mean += (new.key[0, 0, 0] - mean) / (step + 1)
-    stuck = mean.double() * steps
+    sums = torch.zeros(2, 8, dtype=torch.float64)
+    mean = torch.zeros(8, dtype=torch.bfloat16)
+    for step in range(steps):
+        new = drifting(generator, step / steps)
+        layer.decode(new)
+        sums += torch.stack([new.key[0, 0, 0], new.value[0, 0, 0]]).double()
+        mean += (new.key[0, 0, 0] - mean) / (step + 1)
     assert int(layer.seen) == steps and float(layer.state.weight.sum()) == steps
-    assert ((layer.state.weight > 0).sum(), float(layer.state.weight.max())) > (CASE.layout.budget, steps / 4)
-    for held, total, norm in zip(moments(layer.state), sums, norms, strict=True):
-        assert (held - total).norm() <= MOMENT * total.norm() <= MOMENT * norm
-    assert (stuck - sums[0]).norm() > MOMENT * sums[0].norm(), "one mean in bfloat16 would not have passed"
+    for held, total in zip(moments(layer.state), sums, strict=True):
+        assert error(held, total) <= MOMENT
+    assert error(mean.double() * steps, sums[0]) > 10 * MOMENT, "a mean in bfloat16 would not have passed"

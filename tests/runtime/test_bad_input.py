@@ -43,7 +43,10 @@ def padded(*rows: list[int]) -> torch.Tensor:
 
 
 CALLS: dict[str, tuple[Callable[[Any], object], str]] = {
-    "batch other than compiled for": (lambda c: c.prefill(ids(3, 4)), "batch of input_ids must be 2, as compiled for, got 3"),
+    "batch other than compiled for": (
+        lambda c: c.prefill(ids(3, 4)),
+        "batch of input_ids must be 2, as compiled for, got 3",
+    ),
     "empty prompt": (lambda c: c.prefill(ids(2, 0)), "prompt must be at least one token long"),
     "a row that is all padding": (
         lambda c: c.prefill(ids(2, 3), padded([1, 1, 1], [0, 0, 0])),
@@ -51,8 +54,14 @@ CALLS: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "right padding": (lambda c: c.prefill(ids(2, 3), padded([1, 1, 0], [1, 1, 1])), "padding must be on the left"),
     "a hole in the mask": (lambda c: c.prefill(ids(2, 3), padded([1, 0, 1], [1, 1, 1])), "padding must be on the left"),
-    "mask of another shape": (lambda c: c.prefill(ids(2, 3), torch.ones(2, 4)), "attention_mask must be of input_ids' shape"),
-    "mask with other values": (lambda c: c.prefill(ids(2, 2), padded([1, 2], [1, 1])), "attention_mask must be 0 at padding"),
+    "mask of another shape": (
+        lambda c: c.prefill(ids(2, 3), torch.ones(2, 4)),
+        "attention_mask must be of input_ids' shape",
+    ),
+    "mask with other values": (
+        lambda c: c.prefill(ids(2, 2), padded([1, 2], [1, 1])),
+        "attention_mask must be 0 at padding",
+    ),
     "float ids": (lambda c: c.prefill(ids(2, 3).float()), "input_ids must be int64 or int32, got torch.float32"),
     "ids that are a list": (lambda c: c.prefill([[1, 2]]), "input_ids must be a tensor of shape"),
     "flat ids": (lambda c: c.prefill(ids(2, 3)[0]), "input_ids must be of shape \\[batch, length\\], got \\[3\\]"),
@@ -63,12 +72,24 @@ CALLS: dict[str, tuple[Callable[[Any], object], str]] = {
     "rows out of range": (lambda c: c.prefill(ids(1, 3), rows=[2]), "rows must be distinct row numbers in 0 .. 1"),
     "rows twice": (lambda c: c.prefill(ids(2, 3), rows=[1, 1]), "rows must be distinct"),
     "no rows": (lambda c: c.prefill(ids(0, 3), rows=[]), "rows must be distinct"),
-    "more prompts than rows": (lambda c: c.prefill(ids(2, 3), rows=[1]), "input_ids' batch must be len\\(rows\\), 1, got 2"),
+    "more prompts than rows": (
+        lambda c: c.prefill(ids(2, 3), rows=[1]),
+        "input_ids' batch must be len\\(rows\\), 1, got 2",
+    ),
     "reset of rows out of range": (lambda c: c.reset(rows=[-1]), "rows must be distinct row numbers"),
     "decode of two tokens": (lambda c: c.decode(ids(2, 2)), "token_ids must be of shape \\[2, 1\\]"),
-    "decode of one row": (lambda c: c.decode(ids(1, 1)), "token_ids must be of shape \\[2, 1\\], as compiled for, got \\[1, 1\\]"),
-    "active as numbers": (lambda c: c.decode(ids(2, 1), torch.ones(2)), "active must be a bool tensor of shape \\[2\\]"),
-    "active of one row": (lambda c: c.decode(ids(2, 1), torch.ones(1, dtype=torch.bool)), "active must be a bool tensor"),
+    "decode of one row": (
+        lambda c: c.decode(ids(1, 1)),
+        "token_ids must be of shape \\[2, 1\\], as compiled for, got \\[1, 1\\]",
+    ),
+    "active as numbers": (
+        lambda c: c.decode(ids(2, 1), torch.ones(2)),
+        "active must be a bool tensor of shape \\[2\\]",
+    ),
+    "active of one row": (
+        lambda c: c.decode(ids(2, 1), torch.ones(1, dtype=torch.bool)),
+        "active must be a bool tensor",
+    ),
 }
 
 
@@ -88,7 +109,9 @@ def test_decode_stops_at_the_last_position(compiled: Any) -> None:
     compiled.reset()
     compiled.prefill(ids(2, LIMIT - 1))
     compiled.decode(ids(2, 1))
-    with pytest.raises(InputError, match=f"tokens seen must be at most {LIMIT}, the model's positions, got {LIMIT + 1}"):
+    with pytest.raises(
+        InputError, match=f"tokens seen must be at most {LIMIT}, the model's positions, got {LIMIT + 1}"
+    ):
         compiled.decode(ids(2, 1))
     compiled.reset(rows=[0])
     compiled.decode(ids(2, 1), torch.tensor([True, False]))
@@ -96,7 +119,10 @@ def test_decode_stops_at_the_last_position(compiled: Any) -> None:
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "small budget": (dict(budget=2), "budget must be an integer of at least 3, got 2"),
-    "budget smaller than its parts": (dict(budget=8, proximity=6, residual=3), "proximity \\+ residual must be at most"),
+    "budget smaller than its parts": (
+        dict(budget=8, proximity=6, residual=3),
+        "proximity \\+ residual must be at most",
+    ),
     "proximity above budget": (dict(budget=8, proximity=9), "proximity must be at most the budget of 8 slots, got 9"),
     "no ring": (dict(budget=8, proximity=0), "proximity must be a count above 0"),
     "share above one": (dict(budget=8, proximity=1.5), "proximity must be a count above 0, or a share"),

@@ -25,7 +25,7 @@ def full(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_cache_holds_key_value_heads_only(name: str) -> None:
-    """Bytes, counted by hand: Falcon's new decoder and every grouped model cache their K/V heads, not the query heads."""
+    """Bytes, counted by hand: Falcon's new decoder and every grouped model cache K/V heads, not query heads."""
     compiled = zs.compile(tiny(name), zs.ZSMergeConfig(budget=20), batch_size=3, backend="eager")
     window = 8 if name == "mistral-w8" else None
     slots, residual = (window or 20) + 1, 1

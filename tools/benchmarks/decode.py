@@ -54,7 +54,7 @@ def dynamic_cache_step(model: Any, tokens: int) -> Callable[[], object]:
     @torch.no_grad()
     def step() -> None:
         model(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache.crop(tokens)
+        cache.crop(-1)
 
     return step
 
@@ -92,7 +92,12 @@ def measure(budgets: list[int], contexts: list[int], layers: int, dtype: torch.d
             for tokens in contexts if name == "zsmerge" else contexts[:1]:
                 label = f"{name}, {budget + 1} slots" + (f", {tokens} seen" if name == "zsmerge" else "")
                 steps[label] = compiled_step(decode, flat, max(tokens, 2 * budget))
-                info[label] = {"kind": name, "slots": budget + 1, "tokens": tokens, "cache_bytes": sum(t.nbytes for t in flat)}
+                info[label] = {
+                    "kind": name,
+                    "slots": budget + 1,
+                    "tokens": tokens,
+                    "cache_bytes": sum(t.nbytes for t in flat),
+                }
     for tokens in contexts:
         label = f"transformers DynamicCache, {tokens} held"
         steps[label] = dynamic_cache_step(model, tokens)
@@ -118,7 +123,8 @@ def measure(budgets: list[int], contexts: list[int], layers: int, dtype: torch.d
 
 def table(result: dict[str, Any]) -> Table:
     """The rows as people read them."""
-    shown = Table(title=f"decode step, batch 1, {result['model']['parameters'] / 1e6:.0f} M parameters, {result['model']['dtype']}")
+    millions = result["model"]["parameters"] / 1e6
+    shown = Table(title=f"decode step, batch 1, {millions:.0f} M parameters, {result['model']['dtype']}")
     for column in ("row", "ms / token", "floor ms", "cache MiB"):
         shown.add_column(column, justify="left" if column == "row" else "right")
     for row in result["rows"]:
@@ -129,7 +135,9 @@ def table(result: dict[str, Any]) -> Table:
 def main() -> None:
     """Command line of tools/bench."""
     parser = argparse.ArgumentParser(
-        prog="tools/bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="tools/bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: tools/bench --budgets 1023 4095 --contexts 4096 16384 65536",
     )
     parser.add_argument("--budgets", type=int, nargs="+", default=[1023], help="slots per key/value head")

@@ -10,6 +10,8 @@ Shapes: B batch, b rows of one call, H query heads, G key/value heads, T columns
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,8 +65,8 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, i
 
 
 @torch.library.impl(_library, "decode", "CompositeExplicitAutograd")
-def _decode(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
-    state, (seen, active), rule = State(*rest[:9]), rest[9:11], rule_of(*rest[11:])  # type: ignore[arg-type]
+def _decode(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    state, (seen, active), rule = State(*rest[:9]), rest[9:11], rule_of(*rest[11:])
     out, new = reference.extend(state, query, key, value, seen, (~active).long(), rule)
     for buffer, content in zip(state, new, strict=True):
         buffer.copy_(content)
@@ -72,8 +74,8 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
 
 
 @torch.library.impl(_library, "extend", "CompositeExplicitAutograd")
-def _extend(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
-    state, (rows, seen, pads), rule = State(*rest[:9]), rest[9:12], rule_of(*rest[12:])  # type: ignore[arg-type]
+def _extend(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    state, (rows, seen, pads), rule = State(*rest[:9]), rest[9:12], rule_of(*rest[12:])
     return prefill.extend(state, query, key, value, rows, seen, pads, rule)
 
 

@@ -28,9 +28,7 @@ class Moves(NamedTuple):
     promoted: Tensor  # bool: the leaving token takes `place`
 
 
-def step(
-    state: State, query: Tensor, key: Tensor, value: Tensor, seen: Tensor, active: Tensor, rule: Rule
-) -> Tensor:
+def step(state: State, query: Tensor, key: Tensor, value: Tensor, seen: Tensor, active: Tensor, rule: Rule) -> Tensor:
     """One decode step, in place: query [B, H, 1, D], key and value [B, G, 1, D], seen [B], active bool [B].
 
     Returns out [B, H, 1, D]. Rows that are not active keep their state; their output is undefined.
@@ -91,9 +89,7 @@ def biases(state: State, at: Tensor, is_new: Tensor, dtype: torch.dtype, rule: R
     return bias + alibi_bias(per_head, merged.repeat_interleave(repeats, 1), dtype, rule).unflatten(1, (-1, repeats))
 
 
-def find_moves(
-    weight: Tensor, score: Tensor, position: Tensor, entering: Tensor, at: Tensor, rule: Rule
-) -> Moves:
+def find_moves(weight: Tensor, score: Tensor, position: Tensor, entering: Tensor, at: Tensor, rule: Rule) -> Moves:
     """Who leaves the ring, and whether it beats the context's lowest score (ties: the older token goes)."""
     ring = rule.proximity + 1
     leaving = ((at + 1) % ring).expand_as(entering).long()  # token at - proximity
@@ -107,9 +103,7 @@ def find_moves(
     return Moves(entering, leaving, leaves, place, leaves & (lowest <= score.gather(2, leaving)))
 
 
-def move(
-    old: State, now: State, key: Tensor, value: Tensor, moves: Moves, alive_row: Tensor, rule: Rule
-) -> None:
+def move(old: State, now: State, key: Tensor, value: Tensor, moves: Moves, alive_row: Tensor, rule: Rule) -> None:
     """Carry out the moves of one step on `old`, in place; `now` has this step's weights, scores and positions."""
     place = moves.leaving if moves.place is None else moves.place
     stays = torch.cat([moves.leaving, place], 2)  # the two tokens one of which is the victim
@@ -131,9 +125,7 @@ def move(
         for parts, pair in zip((weights, scores, positions), (pair_weight, pair_score, pair_position), strict=True):
             parts.append(torch.where(promoted, pair[:, :, :1], pair[:, :, 1:]))
     if old.opened.shape[2]:
-        victim = [
-            torch.where(promoted[..., None], t[:, :, 1:], t[:, :, :1]).float() for t in (pair_key, pair_value)
-        ]
+        victim = [torch.where(promoted[..., None], t[:, :, 1:], t[:, :, :1]).float() for t in (pair_key, pair_value)]
         facts = [torch.where(promoted, t[:, :, 1:], t[:, :, :1]) for t in (pair_weight, pair_score, pair_position)]
         happens = moves.leaves & (facts[0] > 0) & alive_row
         slot, merged = merge(old, now, victim[0], victim[1], facts[1], facts[2], happens)

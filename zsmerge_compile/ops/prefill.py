@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zsmerge_compile.ops import reference
+from zsmerge_compile.ops.fold import fold
 from zsmerge_compile.ops.state import Rule, State
 
 BLOCK_ROWS = 1024  # batch rows x heads x queries of one block
@@ -35,7 +36,7 @@ def extend(
     columns = query.shape[2]
     decayed = mine.score * torch.as_tensor(rule.decay) ** (columns - pads)[:, None, None]
     scored = mine._replace(score=torch.where(mine.weight > 0, decayed + held, 0.0))
-    folded = reference.fold(scored, key, value, received, had, pads, rule)
+    folded = fold(scored, key, value, received, had, pads, rule)
     touched = rows[pads < columns]  # a row that is all padding keeps its state
     for buffer, new in zip(state, folded, strict=True):
         buffer.index_copy_(0, touched, new[pads < columns])
@@ -80,9 +81,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> T
     """Exact causal (or sliding-window) attention of unpadded rows: query [b, H, n, D], key, value [b, G, n, D]."""
     n, grouped = query.shape[2], query.shape[1] != key.shape[1]
     if rule.window is None or n <= rule.window:
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=rule.scale, enable_gqa=grouped
-        )
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=rule.scale, enable_gqa=grouped)
     out = torch.empty_like(query)
     step = max(64, BLOCK_ROWS // (query.shape[0] * query.shape[1]))
     for start in range(0, n, step):

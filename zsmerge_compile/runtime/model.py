@@ -96,9 +96,7 @@ class CompiledModel(GenerateMixin):
         """Raises what prefill would raise for this prompt, into an empty cache or the current one; writes nothing."""
         self._checked(input_ids, attention_mask, None, empty=empty)
 
-    def _checked(
-        self, input_ids: Tensor, attention_mask: Tensor | None, rows: Rows, *, empty: bool
-    ) -> inputs.Prompt:
+    def _checked(self, input_ids: Tensor, attention_mask: Tensor | None, rows: Rows, *, empty: bool) -> inputs.Prompt:
         spec = self.program.spec
         prompt = inputs.check_prompt(
             input_ids,
