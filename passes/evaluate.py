@@ -13,7 +13,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from zsmerge_compile.passes.graph import arguments, aten_name, attribute, size_expression, value
+from zsmerge_compile.passes.graph import arguments, aten_name, attribute, permutation, size_expression, value
 from zsmerge_compile.passes.repeats import is_pointwise, source_dim
 
 _FILLED = {"masked_fill": "value", "where": "other", "full": "fill_value", "scalar_tensor": "s"}
@@ -79,7 +79,7 @@ class Rows:
             return self._pointwise(node, dim)
         if name in ("expand", "broadcast_to"):
             return self._expanded(node, dim)
-        if name in ("unsqueeze", "transpose", "permute", "slice", "squeeze"):
+        if permutation(node) or name in ("unsqueeze", "slice", "squeeze"):
             source = source_dim(node, dim)
             if source is not None and isinstance(node.args[0], fx.Node):
                 return self._call(node, self.of(node.args[0], source), node.args[1:])
@@ -113,7 +113,7 @@ class Rows:
     def _triangle(self, node: fx.Node, dim: int) -> Tensor:
         rows = self.of(node.args[0], dim)  # type: ignore[arg-type]
         offset = torch.arange(rows.shape[-1], device=rows.device) - self._rows[:, None] - arguments(node)["diagonal"]
-        return rows * (offset >= 0 if aten_name(node) == "triu" else offset <= 0)
+        return rows.masked_fill(offset < 0 if aten_name(node) == "triu" else offset > 0, 0)
 
     def _gathered(self, node: fx.Node, dim: int) -> Tensor:
         """x[i, j, ...] with an index for each leading dimension: the indices are broadcast like operands."""

@@ -64,6 +64,22 @@ def same_shape(a: fx.Node, b: fx.Node, but: int | None = None) -> bool:
     return all(dim == but or same_size(one, other) for dim, (one, other) in enumerate(zip(left, right, strict=True)))
 
 
+def permutation(node: fx.Node) -> list[int] | None:
+    """For a node that reorders dimensions: the input's dimension that each of its own shows."""
+    name, rank = aten_name(node), value(node).dim() if isinstance(node.meta.get("val"), Tensor) else 0
+    order = list(range(rank))
+    if name == "permute":
+        return [int(dim) % rank for dim in arguments(node)["dims"]]
+    if name in ("transpose", "swapaxes", "swapdims"):
+        one, other = (int(dim) % rank for dim in node.args[1:3])  # type: ignore[arg-type]
+    elif name in ("mT", "t", "numpy_T") and rank >= 2 and (name == "mT" or rank == 2):
+        one, other = rank - 2, rank - 1
+    else:
+        return None
+    order[one], order[other] = other, one
+    return order
+
+
 def call(graph: fx.Graph, op: Callable[..., Any], *args: Any, like: fx.Node | None = None) -> fx.Node:
     """Add a call at the graph's insert point, with the fake value it yields; meta is otherwise that of `like`."""
     node = graph.call_function(op, args)

@@ -35,6 +35,7 @@ from zsmerge_compile.passes.graph import (
     call,
     erase_dead,
     number_sites,
+    permutation,
     same_size,
     value,
     where,
@@ -121,7 +122,7 @@ def _one_dtype(graph: fx.Graph, *nodes: fx.Node) -> list[fx.Node]:
 
 def _untransposed(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """k [B, G, T, D] from k^T."""
-    if aten_name(node) == "transpose" and {dim % 4 for dim in node.args[1:]} == {2, 3}:  # type: ignore[operator]
+    if permutation(node) == [0, 1, 3, 2]:
         return node.args[0]  # type: ignore[return-value]
     return call(graph, aten.transpose.int, node, 2, 3, like=node)
 

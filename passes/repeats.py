@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from zsmerge_compile.passes.graph import arguments, aten_name, same_size, value
+from zsmerge_compile.passes.graph import arguments, aten_name, permutation, same_size, value
 from zsmerge_compile.passes.scores import CASTS
 
 ANY = 0  # the factor along a dimension of size 1: broadcasting may repeat it at will; gcd's neutral element
@@ -64,7 +64,7 @@ class Repeats:
             return self._pointwise(node, dim)
         if name in _RESHAPES:
             return self._reshaped(node, dim)
-        if name in ("transpose", "permute", "unsqueeze", "squeeze", "select", "slice", "index"):
+        if permutation(node) or name in ("unsqueeze", "squeeze", "select", "slice", "index"):
             source = source_dim(node, dim)
             return 1 if source is None else self._of_input(node, source)
         return self._other(node, name, dim)
@@ -157,11 +157,8 @@ def is_pointwise(node: fx.Node) -> bool:
 def source_dim(node: fx.Node, dim: int) -> int | None:
     """The dimension of a view's input that becomes `dim` of the view, whole and in order; None if there is none."""
     name, given, rank = aten_name(node), arguments(node), value(node).dim()
-    if name == "transpose":
-        one, other = given["dim0"] % rank, given["dim1"] % rank
-        return {one: other, other: one}.get(dim, dim)
-    if name == "permute":
-        return int(given["dims"][dim]) % rank
+    if (order := permutation(node)) is not None:
+        return order[dim]
     if name == "unsqueeze":
         at = given["dim"] % rank
         return None if dim == at else dim - (dim > at)

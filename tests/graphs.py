@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from tests.models_zoo import tiny
-from zsmerge_compile.capture import Captured, capture, plain
+from zsmerge_compile.capture import Captured, capture, functional, plain
 from zsmerge_compile.models.registry import spec_for
 from zsmerge_compile.models.spec import ModelSpec
 from zsmerge_compile.passes.graph import PassContext, aten_name
@@ -24,11 +24,13 @@ class _Function(nn.Module):
         return self.function(*args)
 
 
-def trace(function: Callable[..., Tensor] | nn.Module, *example: Tensor) -> fx.GraphModule:
-    """The graph of `function` for these inputs, of these sizes."""
+def trace(function: Callable[..., Tensor] | nn.Module, *example: Tensor, dynamic: bool = False) -> fx.GraphModule:
+    """The functional graph of `function` for these inputs: of these sizes, or of any first two if `dynamic`."""
     module = function if isinstance(function, nn.Module) else _Function(function)
+    dim = torch.export.Dim
+    shapes = tuple({0: dim("batch", min=1), 1: dim("length", min=1)} for _ in example) if dynamic else None
     with torch.no_grad():
-        return plain(torch.export.export(module, example, strict=False).module())
+        return plain(functional(torch.export.export(module, example, dynamic_shapes=shapes, strict=False)))
 
 
 @cache
@@ -47,7 +49,9 @@ def captured(
     return model, PassContext(spec), Captured(prefill, decode)
 
 
-def context(layers: int = 1, windows: tuple[int | None, ...] | None = None, max_positions: int | None = None) -> PassContext:
+def context(
+    layers: int = 1, windows: tuple[int | None, ...] | None = None, max_positions: int | None = None
+) -> PassContext:
     """A context for a graph that comes from no registered model."""
 
     def call(*_: Any) -> Tensor:

@@ -64,7 +64,8 @@ def _example(batch: int, length: int, device: torch.device) -> tuple[Tensor, ...
 
 def _trace(model: nn.Module, spec: ModelSpec, example: tuple[Tensor, ...], dynamic: bool) -> fx.GraphModule:
     # A stored table (of masks, say) bounds the length: if tracing for any length fails, the model's own limit may do.
-    limits = [None, spec.max_positions] if dynamic and spec.max_positions is not None else [None]
+    # One less than it, as the whole table is a case of its own to torch.export (the graph serves that too).
+    limits = [None, spec.max_positions - 1] if dynamic and spec.max_positions is not None else [None]
     for limit in limits:
         try:
             module = plain(_export(_LastLogits(model, spec), example, dynamic, limit))
@@ -88,10 +89,10 @@ def _export(model: nn.Module, example: tuple[Tensor, ...], dynamic: bool, limit:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its pytree classes
         program = torch.export.export(model, example, dynamic_shapes=(shape,) * len(INPUTS), strict=False)
-        return _functional(program)
+        return functional(program)
 
 
-def _functional(program: torch.export.ExportedProgram) -> Any:
+def functional(program: torch.export.ExportedProgram) -> Any:
     """The unlifted module, with no op in it that writes to a tensor: passes follow values, not memory.
 
     The usual `x *= c` on a fresh x is renamed; where that does not do, torch functionalises (twice the tracing time).

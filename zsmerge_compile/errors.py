@@ -29,6 +29,10 @@ class CacheStateError(ZSMergeError):
     """A cache row is in no state to be used; `reset(rows)` makes it usable again."""
 
 
+class EquivalenceError(ZSMergeError):
+    """A compiled model and what it must equal give different logits; the message has the smallest case found."""
+
+
 class MissingBackendError(ZSMergeError):
     """A backend or an optional extra is not installed; the message names the command that installs it."""
 

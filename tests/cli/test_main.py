@@ -8,6 +8,7 @@ import pytest
 import zsmerge_compile.testing
 from zsmerge_compile.cli import main
 from zsmerge_compile.cli.console import bytes_text
+from zsmerge_compile.errors import EquivalenceError
 
 COMMANDS = ("demo", "inspect", "check", "run")
 
@@ -88,20 +89,16 @@ def test_an_interrupt_ends_quietly(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "interrupted" in capsys.readouterr().err
 
 
-class Different(Exception):
-    pass
-
-
 def test_check_reports_and_fails(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def check(model: Any, **options: Any) -> str:
-        if options["examples"] == 7:
-            raise Different("layer 1: outputs part at token 5")
+        options["progress"]("full budget", 1, options["max_examples"])
+        if options["max_examples"] == 7:
+            raise EquivalenceError("layer 1: outputs part at token 5")
         return "all equal"
 
-    monkeypatch.setattr(zsmerge_compile.testing, "check_equivalence", check, raising=False)
-    monkeypatch.setattr(zsmerge_compile.testing, "EquivalenceError", Different, raising=False)
+    monkeypatch.setattr(zsmerge_compile.testing, "check_equivalence", check)
     assert main(["check", str(checkpoint)]) == 0
     assert "all equal" in capsys.readouterr().out
     assert main(["check", str(checkpoint), "--examples", "7"]) == 1

@@ -170,7 +170,8 @@ def test_without_residual_and_decay_it_is_h2o(case: Case, steps: int) -> None:
     for t in range(steps):
         out = layer.decode(part(new, t, t + 1))
         for (row, g), head in list(heads.items()):
-            expected = head.step(new.query[row].chunk(groups)[g], new.key[row, g], new.value[row, g], t, case.rule.scale)
+            query = new.query[row].chunk(groups)[g]
+            expected = head.step(query, new.key[row, g], new.value[row, g], t, case.rule.scale)
             close(out[row].chunk(groups)[g][:, 0], expected)
             if head.gap < DECISION:
                 del heads[row, g]

@@ -95,7 +95,9 @@ def test_stopping_criteria(llama: Any, compiled: Compiled) -> None:
         assert run.cache.seen_tokens.tolist() == seen.tolist()
 
 
-def test_a_row_stopped_without_an_end_token_is_padded(llama: Any, compiled: Compiled) -> None:
+def test_a_row_stopped_without_an_end_token_is_padded(
+    llama: Any, compiled: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Here alone the tokens differ from the untouched model's, which goes on writing in a row that has stopped."""
     inputs, run = padded(), compiled(llama, 3)
     out = run.generate(
@@ -104,7 +106,8 @@ def test_a_row_stopped_without_an_end_token_is_padded(llama: Any, compiled: Comp
     free = llama.generate(**inputs, max_new_tokens=10, do_sample=False)
     assert torch.equal(out[[0, 2]], free[[0, 2]]) and torch.equal(out[1, :12], free[1, :12])
     assert (out[1, 12:] == PAD).all()
-    llama.generation_config.pad_token_id = None
+    for each in (llama, run):
+        monkeypatch.setattr(each.generation_config, "pad_token_id", None)
     again = run.generate(
         **inputs, stopping_criteria=StoppingCriteriaList([StopRow(1, 12)]), max_new_tokens=10, do_sample=False
     )
@@ -128,10 +131,13 @@ def test_streamer(llama: Any, compiled: Compiled) -> None:
     assert ours.pieces == theirs.pieces and ours.ended
 
 
-def test_generation_config_object_and_defaults(llama: Any, compiled: Compiled) -> None:
+def test_generation_config_object_and_defaults(
+    llama: Any, compiled: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs, run = padded(), compiled(llama, 3)
     same(llama, run, inputs, generation_config=GenerationConfig(max_new_tokens=5, do_sample=False, pad_token_id=PAD))
-    llama.generation_config.max_new_tokens = 4
+    for each in (llama, run):
+        monkeypatch.setattr(each.generation_config, "max_new_tokens", 4)
     assert same(llama, run, inputs).shape[1] == 9 + 4
 
 

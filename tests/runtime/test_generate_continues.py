@@ -18,7 +18,7 @@ def test_continues_with_only_the_new_columns(model: Any, compiled: Compiled) -> 
     out = turn(run, inputs)
     for step in range(3):
         new = prompt(3, 4, seed=10 + step)["input_ids"]
-        seen = run.cache.seen_tokens
+        seen = run.cache.seen_tokens.clone()
         inputs = extended(out.sequences, inputs["attention_mask"], new)
         out = turn(run, inputs, past_key_values=out.past_key_values)
         assert torch.equal(out.sequences, model.generate(**inputs, max_new_tokens=8, do_sample=False))

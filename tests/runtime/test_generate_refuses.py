@@ -39,7 +39,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 def test_refused_arguments_leave_the_cache_as_it_was(llama: Any, compiled: Compiled, message: str) -> None:
     run = compiled(llama, 3)
     out = turn(run, padded())
-    seen = run.cache.seen_tokens
+    seen = run.cache.seen_tokens.clone()
     with pytest.raises(ValueError, match=message):
         run.generate(**padded(), max_new_tokens=4, **REFUSED[message])
     if message.startswith("num_beams"):

@@ -21,6 +21,7 @@ import zsmerge_compile as zs
 from benchmarks.conditions import conditions, copy_bandwidth, interleaved
 from benchmarks.plain import PLAIN, fill
 from zsmerge_compile.lower import inductor
+from zsmerge_compile.lower.expand import expand
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
@@ -80,10 +81,8 @@ def measure(budgets: list[int], contexts: list[int], layers: int, dtype: torch.d
     for budget in budgets:
         compiled = zs.compile(model, zs.ZSMergeConfig(budget=budget))
         program = compiled.program
-        plain = inductor.compile_graph(
-            inductor.expand(program.decode, program.policy.decode_op, PLAIN),
-            inductor.decode_inputs(program, compiled.cache.flat),
-        )
+        inputs = inductor.decode_inputs(program)
+        plain = inductor.compile_graph(expand(program.decode, program.policy.decode_op, PLAIN, inputs), inputs)
         for name, decode in (("zsmerge", compiled.decode_graph), ("plain static", plain)):
             states = program.allocate()
             for state in states:

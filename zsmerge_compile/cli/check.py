@@ -8,9 +8,11 @@ from typing import Any
 
 from zsmerge_compile.cli.checkpoint import DTYPES, load_model
 from zsmerge_compile.cli.console import add_backend, add_command, complain, console, count, notes
+from zsmerge_compile.errors import EquivalenceError
 
 _EXAMPLES = """  zsmerge-compile check ~/models/Llama-3.2-1B
-  zsmerge-compile check ~/models/falcon-rw-1b --examples 100 --backend inductor
+  zsmerge-compile check ~/models/Mistral-7B-v0.1 --max-length 5000      # past its sliding window
+  zsmerge-compile check ~/models/falcon-rw-1b --examples 100 --seed 3 --backend inductor
 """
 
 
@@ -25,7 +27,10 @@ def add(commands: Any) -> None:
         _EXAMPLES,
     )
     parser.add_argument("path", type=Path, metavar="PATH", help="directory with config.json and weights")
-    parser.add_argument("--examples", type=count, default=20, metavar="N", help="random cases to try (20)")
+    parser.add_argument("--examples", type=count, default=20, metavar="N", help="random cases of each check (20)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the cases (0)")
+    parser.add_argument("--small-budget", type=count, default=24, metavar="N", help="slots of the second check (24)")
+    parser.add_argument("--max-length", type=count, metavar="N", help="tokens of a prompt at most (twice small budget)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of weights and cache (auto: as saved)")
     add_backend(parser, "eager")
     parser.set_defaults(command=command)
@@ -34,13 +39,33 @@ def add(commands: Any) -> None:
 def command(options: argparse.Namespace) -> int:
     with notes().status("loading"):
         model = load_model(options.path, options.dtype)
-    from zsmerge_compile.testing import EquivalenceError, check_equivalence
-
     try:
-        with notes().status(f"comparing, up to {options.examples} cases each"):
-            report = check_equivalence(model, examples=options.examples, backend=options.backend)
+        report = _check(model, options)
     except EquivalenceError as difference:
         complain(str(difference))
         return 1
-    console().print(report)
+    console().print(str(report), markup=False, soft_wrap=True)
     return 0
+
+
+def _check(model: Any, options: argparse.Namespace) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from zsmerge_compile.testing import check_equivalence
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=notes(), transient=True) as progress:
+        task = progress.add_task("compiling", total=options.examples)
+
+        def tell(check: str, done: int, most: int) -> None:
+            progress.update(task, description=check, completed=done, total=most)
+
+        return check_equivalence(
+            model,
+            backend=options.backend,
+            max_examples=options.examples,
+            seed=options.seed,
+            budget_small=options.small_budget,
+            max_length=options.max_length,
+            progress=tell,
+        )

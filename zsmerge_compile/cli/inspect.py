@@ -82,7 +82,7 @@ def _dumping(folder: Path | None) -> Iterator[None]:
 def sites_table(report: Report) -> Table:
     """One line per attention; neighbouring layers that differ in their number only share one."""
     table = _table("attention sites", "layers", "mask", "query heads", "key/value heads", "head dim", "source")
-    kinds = [
+    kinds: list[tuple[str, ...]] = [
         (_mask(site), str(site.heads), str(site.kv_heads), str(site.head_dim), _without_numbers(site.source))
         for site in report.sites
     ]
@@ -104,7 +104,8 @@ def cache_table(compiled: CompiledModel, length: int) -> Table:
     title = f"cache, {compiled.batch_size} row{'s' * (compiled.batch_size > 1)}, {str(compiled.dtype).split('.')[-1]}"
     names = ("layers", "proximity", "context", "residual", "slots", "bytes", f"full cache, {length:,} tokens")
     table = _table(title, *names)
-    kinds, full_sizes = [], []
+    kinds: list[tuple[str, ...]] = []
+    full_sizes = []
     for layout, state in zip(compiled.report.layouts, compiled.cache.layers, strict=True):
         tokens = length if layout.window is None else min(length, layout.window)
         full = 2 * tokens * layout.kv_heads * layout.head_dim * compiled.dtype.itemsize * compiled.batch_size

@@ -30,7 +30,7 @@ def replaced_attention(model: nn.Module, attention: Attention, kv_heads: int) ->
 
 
 @contextmanager
-def _implementation(config: Any, name: str) -> Iterator[None]:
+def implementation(config: Any, name: str) -> Iterator[None]:
     """The config names another attention implementation for a while."""
     given = config._attn_implementation
     config._attn_implementation = name
@@ -51,7 +51,7 @@ def _through_interface(model: Any, attention: Attention) -> Iterator[None]:
 
     ALL_ATTENTION_FUNCTIONS[_NAME] = replacement
     try:
-        with _implementation(model.config, _NAME):
+        with implementation(model.config, _NAME):
             yield
     finally:
         del ALL_ATTENTION_FUNCTIONS[_NAME]
@@ -86,7 +86,7 @@ class _ReplaceSdpa(TorchFunctionMode):
 def _through_sdpa(model: Any, attention: Attention, kv_heads: int) -> Iterator[None]:
     with _ReplaceSdpa(attention, kv_heads):
         if getattr(getattr(model, "config", None), "model_type", None) == "falcon":
-            with _implementation(model.config, "sdpa"):  # "eager" spells attention out in matmuls
+            with implementation(model.config, "sdpa"):  # "eager" spells attention out in matmuls
                 yield
         else:
             yield

@@ -148,8 +148,9 @@ class Oracle:
 
     splits and windows: one per layer, already resolved. call and kv_heads are needed for a model that is not from
     transformers: call(model, input_ids, attention_mask, position_ids) -> logits [B, vocab] of the last column.
-    heads[layer][row][kv_head] is the state, seen[row] the number of real tokens so far. dtype is that of the lists;
-    float64 tells rounding error from a difference in method.
+    heads[layer][row][kv_head] is the state, seen[row] the number of real tokens so far, outputs[layer] what attention
+    gave in the latest call, [b, H, n, D]. dtype is that of the lists; float64 tells rounding error from a difference
+    in method.
     """
 
     def __init__(
@@ -172,6 +173,7 @@ class Oracle:
         self._settings: dict[str, Any] = dict(alpha=alpha, decay=decay, merge=merge, dtype=dtype)
         self._alibi = alibi_of(model, self.kv_heads)
         self._call = _last_logits if call is None else call
+        self.outputs: list[Tensor] = []
         self.heads: list[list[list[Head]]] = [[[] for _ in range(batch)] for _ in self.splits]
         self.seen = [0] * batch
         self.reset()
@@ -218,9 +220,10 @@ class Oracle:
     @torch.no_grad()
     def _forward(self, input_ids: Tensor, mask: Tensor, rows: list[int]) -> Tensor:
         """The model's own forward over new columns [b, n]; its attention calls come layer by layer."""
-        first = torch.tensor([self.seen[row] for row in rows])[:, None]
+        first = torch.tensor([self.seen[row] for row in rows], device=mask.device)[:, None]
         positions = (first + mask.cumsum(-1) - 1).clamp(min=0)
         layers = iter(self.heads)
+        self.outputs = []
 
         def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
             layer = next(layers, None)
@@ -230,8 +233,9 @@ class Oracle:
             for b, row in enumerate(rows):
                 real = mask[b].bool()
                 if real.any():  # a row of padding sees nothing and leaves its heads alone
-                    new = q[b, :, real], k[b, :, real], v[b, :, real]
-                    out[b, :, real] = _extend_row(layer[row], *new, positions[b, real].tolist(), scale).to(q.dtype)
+                    new = q[b, :, real].cpu(), k[b, :, real].cpu(), v[b, :, real].cpu()
+                    out[b, :, real] = _extend_row(layer[row], *new, positions[b, real].tolist(), scale).to(q)
+            self.outputs.append(out)
             return out
 
         with replaced_attention(self.model, attention, self.kv_heads):

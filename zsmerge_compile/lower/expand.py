@@ -1,0 +1,85 @@
+"""Replace a cache op by what its kernel does, as aten nodes.
+
+Before:
+
+    out = zsmerge.decode(q, k, v, layer0_key, ..., seen, active, ...)
+
+After (the kernel of `kernels.choose`, traced; its in-place writes stay in-place):
+
+    matmul = aten.matmul(reshape, mT);  ...  index_put_ = aten.index_put_(layer0_key, [...], where_3)
+
+A kernel is traced once for all layers of one shape. Plain nodes instead of a Python call let Inductor's cache know the
+graph in the next process. Does not fire where the graph does not hold the op.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from zsmerge_compile.lower.kernels import Kernel
+
+
+def expand(gm: fx.GraphModule, op: Any, kernel: Kernel, inputs: list[Tensor]) -> fx.GraphModule:
+    """A copy of the graph (its parameters shared) with `kernel` in place of every `op`.
+
+    inputs: fake tensors, one for each placeholder, of the shapes the graph is compiled for.
+    """
+    expanded = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    for node, fake in zip(expanded.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        node.meta["val"] = fake
+    bodies: dict[Any, fx.GraphModule] = {}
+    for node in expanded.graph.find_nodes(op="call_function", target=op):
+        tensors = [_fake(expanded, used) for used in node.all_input_nodes]
+        places = tuple(_place(node, argument) for argument in node.args)
+        key = (places, tuple((t.shape, t.stride(), t.dtype) for t in tensors))
+        if key not in bodies:
+            bodies[key] = _trace(kernel, places, tensors)
+        _inline(expanded.graph, node, bodies[key])
+    expanded.recompile()
+    return expanded
+
+
+def _fake(gm: fx.GraphModule, node: fx.Node) -> Tensor:
+    if "val" in node.meta:
+        return node.meta["val"]
+    tensor: Any = gm
+    for name in str(node.target).split("."):
+        tensor = getattr(tensor, name)
+    mode = next(n.meta["val"].fake_mode for n in gm.graph.nodes if isinstance(n.meta.get("val"), Tensor))
+    return mode.from_tensor(tensor, static_shapes=True)
+
+
+def _place(node: fx.Node, argument: Any) -> tuple[str, Any]:
+    """An argument as the number of a tensor among the node's inputs, or as itself."""
+    if isinstance(argument, fx.Node):
+        return "tensor", node.all_input_nodes.index(argument)
+    return "constant", argument
+
+
+def _trace(kernel: Kernel, places: tuple[tuple[str, Any], ...], tensors: list[Tensor]) -> fx.GraphModule:
+    def body(*given: Tensor) -> Tensor:
+        return kernel.run(*(given[what] if kind == "tensor" else what for kind, what in places))
+
+    with tensors[0].fake_mode, torch.no_grad():  # type: ignore[attr-defined]
+        return make_fx(body)(*tensors)
+
+
+def _inline(graph: fx.Graph, node: fx.Node, body: fx.GraphModule) -> None:
+    """Put the body's nodes in the place of `node`."""
+    outer: dict[fx.Node, Any] = dict(
+        zip(body.graph.find_nodes(op="placeholder"), node.all_input_nodes, strict=True)
+    )
+    with graph.inserting_before(node):
+        for inner in body.graph.nodes:
+            if inner.op == "call_function":
+                outer[inner] = graph.node_copy(inner, lambda used: outer[used])
+            elif inner.op == "get_attr":
+                raise NotImplementedError(f"kernel constant {inner.target}")
+            elif inner.op == "output":
+                node.replace_all_uses_with(outer[inner.args[0]])
+    graph.erase_node(node)

@@ -1,0 +1,131 @@
+"""The model under test: its compiled forms, made once and reused, and the references to compare them with."""
+
+from __future__ import annotations
+
+import copy
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zsmerge_compile.api import compile
+from zsmerge_compile.config import Split, ZSMergeConfig
+from zsmerge_compile.models.registry import spec_for
+from zsmerge_compile.runtime.model import CompiledModel
+from zsmerge_compile.testing.attention_hook import implementation, kv_heads_of
+from zsmerge_compile.testing.cases import FULL, Case, Sizes
+from zsmerge_compile.testing.oracle import Oracle
+from zsmerge_compile.testing.references import Listed, Reference, Untouched, positions_of
+
+HALVES = (torch.bfloat16, torch.float16)
+FAMILIES = ("llama", "mistral", "falcon")  # whose attention implementation, heads and ALiBi the config tells
+
+
+class Subject:
+    """A model with everything its cases need. `kv_heads` is for a model whose config does not tell them."""
+
+    def __init__(self, model: nn.Module, backend: str, sizes: Sizes, budget_small: int, kv_heads: int | None) -> None:
+        self.model: Any = model
+        self.spec = spec_for(model)
+        self.backend, self.sizes, self.budget_small = backend, sizes, budget_small
+        self.dtype, self.device = next(model.parameters()).dtype, next(model.parameters()).device
+        self.known = getattr(getattr(model, "config", None), "model_type", None) in FAMILIES
+        self._kv_heads = kv_heads
+        self._compiled: dict[tuple[str, int, str], CompiledModel] = {}
+
+    @property
+    def half(self) -> bool:
+        return self.dtype in HALVES
+
+    def config_of(self, case: Case) -> ZSMergeConfig:
+        """The config that a user would write for this case."""
+        budget = max(3, self.sizes.total) if case.check == FULL else self.budget_small
+        if case.chunk is None:
+            return ZSMergeConfig(budget, merge=case.merge)
+        return ZSMergeConfig(budget, merge=case.merge, prefill="chunked", chunk=case.chunk)
+
+    def compiled(self, case: Case) -> CompiledModel:
+        """The compiled model of a case, empty. How a prompt is cut is no part of its graphs, so chunks share one."""
+        key = (case.check, case.batch, case.merge)
+        if key not in self._compiled:
+            self._compiled[key] = compile(self.model, self.config_of(case), case.batch, self.backend)
+        compiled = self._compiled[key]
+        compiled.reset()
+        compiled._chunk = case.chunk
+        return compiled
+
+    def reference(self, case: Case) -> Reference:
+        """The untouched model at full budget, the oracle at a small one."""
+        if case.check == FULL:
+            return Untouched(self.model, self.spec.call)
+        return Listed(self.oracle(case), case.chunk, self.half)
+
+    def oracle(self, case: Case) -> Oracle:
+        """ZSMerge on lists with the settings of a case."""
+        config, windows = self.config_of(case), self.windows(case)
+        return Oracle(
+            self.model,
+            [tuple(split) for split in self.splits(case)],  # type: ignore[misc]
+            windows,
+            config.alpha,
+            config.decay,
+            case.merge,
+            case.batch,
+            kv_heads=self.kv_heads(case),
+            call=self.spec.call,
+        )
+
+    def windows(self, case: Case) -> list[int | None]:
+        """Per layer what the config claims; what the passes found only where a model has no config to ask."""
+        if self.known:
+            return list(self.spec.windows)
+        sites = self.compiled(case).report.sites
+        return [claimed or site.window for claimed, site in zip(self.spec.windows, sites, strict=True)]
+
+    def splits(self, case: Case) -> list[Split]:
+        config = self.config_of(case)
+        budgets = config.layer_budgets(self.spec.num_layers)
+        return [config.split(budget, window) for budget, window in zip(budgets, self.windows(case), strict=True)]
+
+    def kv_heads(self, case: Case) -> int:
+        if self._kv_heads is not None:
+            return self._kv_heads
+        return kv_heads_of(self.model.config) if self.known else self.compiled(case).report.sites[0].kv_heads
+
+    def why_no_oracle(self, case: Case) -> str:
+        """What the oracle does not know of this model, "" if it knows enough."""
+        sites = self.compiled(case).report.sites
+        if not self.known and any(site.slopes is not None for site in sites):
+            return "the oracle reads ALiBi slopes from a transformers config, and this model has none"
+        return ""
+
+    # --- how far apart two right answers may be, in half precision
+
+    @torch.no_grad()
+    def noise(self, ids: Tensor, mask: Tensor) -> float:
+        """Largest difference between the logits of transformers' sdpa and eager attention over all columns [B, T].
+
+        A model whose implementation cannot be chosen, or whose two differ by more than rounding (ALiBi, which Falcon's
+        eager attention adds twice), is compared with its own fp32 copy instead.
+        """
+        if self.known and not getattr(self.model.config, "alibi", False):
+            sdpa, eager = (self._all_logits(self.model, ids, mask, name) for name in ("sdpa", "eager"))
+            return float(((sdpa - eager).abs() * mask[..., None]).max())
+        columns = range(ids.shape[1], 0, -max(1, ids.shape[1] // 8))
+        return max(self._distance_from_copy(ids[:, :n], mask[:, :n]) for n in columns)
+
+    def _all_logits(self, model: Any, ids: Tensor, mask: Tensor, name: str) -> Tensor:
+        with implementation(model.config, name):
+            out = model(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False)
+        logits: Tensor = out.logits.float()
+        return logits
+
+    def _distance_from_copy(self, ids: Tensor, mask: Tensor) -> float:
+        ours, copied = (self.spec.call(m, ids, mask, positions_of(mask)).float() for m in (self.model, self._copy))
+        real = mask[:, -1:].bool()
+        return float((ours - copied).masked_fill(~real, 0.0).abs().max())
+
+    @cached_property
+    def _copy(self) -> nn.Module:
+        return copy.deepcopy(self.model).float()
