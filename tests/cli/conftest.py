@@ -4,8 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.utils import logging
 
 from tests.models_zoo import VOCAB, tiny
+
+logging.get_logger()  # its handler keeps the standard error it first sees, which must not be one test's own
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ def _load(kind: Any, path: Path, **options: Any) -> Any:
     try:
         return kind.from_pretrained(path, local_files_only=True, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"{path} cannot be loaded: {reason[:200]}") from error
+        reason = textwrap.shorten(str(error) or type(error).__name__, 240, placeholder=" ...")
+        raise InputError(f"{path} cannot be loaded: {reason}") from error
 
 
 def _quiet() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,7 +84,7 @@ def sites_table(report: Report) -> Table:
     """One line per attention; neighbouring layers that differ in their number only share one."""
     table = _table("attention sites", "layers", "mask", "query heads", "key/value heads", "head dim", "source")
     kinds: list[tuple[str, ...]] = [
-        (_mask(site), str(site.heads), str(site.kv_heads), str(site.head_dim), _without_numbers(site.source))
+        (_mask(site), str(site.heads), str(site.kv_heads), str(site.head_dim), _place(site.source))
         for site in report.sites
     ]
     for layers, kind in _runs(kinds):
@@ -135,9 +136,16 @@ def _mask(site: Any) -> str:
     return "causal" if site.window is None else f"sliding window of {site.window:,}"
 
 
-def _without_numbers(source: str) -> str:
-    """model.layers.3.self_attn -> model.layers.N.self_attn: the layer stands in its own column."""
-    return ".".join("N" if part.isdecimal() else part for part in source.split("."))
+def _place(source: str) -> str:
+    """`node (model.layers.3.self_attn, /lib/x.py:7: code)` -> `model.layers.N.self_attn, x.py:7`.
+
+    The layer's number stands in a column of its own.
+    """
+    found = re.search(r"\((?P<module>[\w.]+), (?:\S*[/\\])?(?P<line>\S+:\d+)", source)
+    if found is None:
+        return source
+    module = ".".join("N" if part.isdecimal() else part for part in found["module"].split("."))
+    return f"{module}, {found['line']}"
 
 
 def _runs(kinds: list[tuple[str, ...]]) -> Iterator[tuple[str, tuple[str, ...]]]:
