@@ -9,7 +9,6 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx
 
@@ -30,7 +29,7 @@ class Rows:
         self._full: dict[fx.Node, Any] = {}
         self._some: dict[tuple[fx.Node, int], Tensor] = {}
         self._sizes = {
-            size.node.expr: actual
+            size_expression(size): actual
             for node in gm.graph.find_nodes(op="placeholder")
             for size, actual in zip(value(node).shape, inputs[str(node.target)].shape, strict=True)
             if isinstance(size, torch.SymInt)
@@ -59,7 +58,8 @@ class Rows:
         if aten_name(node) in _SHAPE_ONLY:
             source: fx.Node = node.args[0]  # type: ignore[assignment]
             return self._call(node, self._stand_in(source, None), node.args[1:])
-        return self._call(node, *fx.map_arg(node.args[:1], self.full), node.args[1:])
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self.full)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
     def _call(self, node: fx.Node, first: Any, rest: Any) -> Any:
         """The node's operator on a given first argument, the others evaluated in full."""
@@ -68,7 +68,8 @@ class Rows:
 
     def _stand_in(self, node: fx.Node, dim: int | None) -> Tensor:
         """A tensor of node's shape (as many as `rows` in `dim`) and dtype, whose values are of no account."""
-        sizes = [int(sympy.sympify(size_expression(size)).subs(self._sizes)) for size in value(node).shape]
+        expressions = [size_expression(size) for size in value(node).shape]
+        sizes = [size if isinstance(size, int) else int(size.subs(self._sizes)) for size in expressions]
         if dim is not None:
             sizes[dim] = len(self._rows)
         return torch.zeros((), dtype=value(node).dtype, device=value(node).device).expand(sizes)

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from zsmerge_compile.errors import UnsupportedGraphError, must
 from zsmerge_compile.models.spec import ModelSpec
 
+SIZES = (1, 2, 3, 5, 16, 63, 1000, 4099)  # batch sizes and lengths at which a trace's conditions are tried
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 # Checks that export leaves in a graph. They hold for the example's sizes; ours must run for every size.
@@ -88,7 +89,15 @@ def _export(model: nn.Module, example: tuple[Tensor, ...], dynamic: bool, limit:
     shape = {0: dim("batch", min=1), 1: dim("length", min=1, max=limit)} if dynamic else None
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its pytree classes
-        program = torch.export.export(model, example, dynamic_shapes=(shape,) * len(INPUTS), strict=False)
+        # torch 2.11 refuses conditions it cannot prove, such as min(n, 4 * n) == n; deferred, they become checks in the
+        # graph, and `_check_holds` tries them out.
+        program = torch.export.export(
+            model,
+            example,
+            dynamic_shapes=(shape,) * len(INPUTS),
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
         return functional(program)
 
 
@@ -138,6 +147,7 @@ def plain(unlifted: Any) -> fx.GraphModule:
     graph: fx.Graph = unlifted.graph
     for node in list(graph.nodes):
         if _is_check(node):
+            _check_holds(node)
             graph.erase_node(node)
         elif node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default  # passes change layouts, and a view insists on one
@@ -154,6 +164,21 @@ def _is_check(node: fx.Node) -> bool:
         return node.target == "_guards_fn"
     name = getattr(node.target, "_opname", "")
     return node.op == "call_function" and not node.users and bool(_CHECKS.match(name))
+
+
+def _check_holds(node: fx.Node) -> None:
+    """Raise UnsupportedGraphError if a condition that the trace rests on fails for some batch sizes or lengths."""
+    condition = node.args[0].meta.get("val") if node.args and isinstance(node.args[0], fx.Node) else None
+    if not isinstance(condition, torch.SymBool):
+        return
+    expression = condition.node.expr
+    for size in SIZES:  # different sizes for different symbols, in both orders
+        for step in (1, -1):
+            symbols = sorted(expression.free_symbols, key=str)[::step]
+            if not bool(expression.subs({symbol: size + i for i, symbol in enumerate(symbols)})):
+                raise UnsupportedGraphError(
+                    must("the trace", "good for every batch size and length", f"only {expression}")
+                )
 
 
 def _erase_unused(graph: fx.Graph) -> None:

@@ -6,21 +6,15 @@ from typing import Any
 import pytest
 from transformers.utils import logging
 
-from tests.models_zoo import VOCAB, tiny
+from tests.models_zoo import tiny
+from tests.words import word_tokenizer
 
 logging.get_logger()  # its handler keeps the standard error it first sees, which must not be one test's own
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
-    """Words w2 ... w127, of the tiny models' vocabulary."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<pad>": 0, "<s>": 1} | {f"w{i}": i for i in range(2, VOCAB)}
-    core = Tokenizer(models.WordLevel(words, unk_token="<s>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", padding_side="left")
+    return word_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -29,21 +29,22 @@ Mask = Callable[..., Tensor | None]
 
 
 class _Decoder(nn.Module):
-    """One attention layer whose mask is `mask(self, ids, seen, positions, query)`."""
+    """Attention layers whose masks are `mask(self, ids, seen, positions, query)`."""
 
-    def __init__(self, mask: Mask, is_causal: bool = False) -> None:
+    def __init__(self, *masks: Mask, is_causal: bool = False) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCAB, H * D)
         self.head = nn.Linear(H * D, VOCAB)
-        self.mask, self.is_causal = mask, is_causal
+        self.masks, self.is_causal = masks, is_causal
         self.stored = nn.Buffer(torch.ones(LIMIT, LIMIT, dtype=torch.bool).tril())
         self.window = nn.Buffer(torch.tensor(700))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
         x = self.embedding(input_ids).view(*input_ids.shape, H, D).transpose(1, 2)
-        mask = self.mask(self, input_ids, attention_mask, position_ids, x)
-        out = F.scaled_dot_product_attention(x, x, x, mask, is_causal=self.is_causal)
-        return self.head(out.transpose(1, 2).flatten(2))[:, -1]
+        for mask_of in self.masks:
+            mask = mask_of(self, input_ids, attention_mask, position_ids, x)
+            x = F.scaled_dot_product_attention(x, x, x, mask, is_causal=self.is_causal)
+        return self.head(x.transpose(1, 2).flatten(2))[:, -1]
 
 
 def classify(
@@ -51,7 +52,7 @@ def classify(
 ) -> MaskKind:
     """The kind found in the prefill graph of a decoder with that mask, whose spec claims `window` and `limit`."""
     spec = ModelSpec("test", 1, VOCAB, limit, (window,), lambda model, *inputs: model(*inputs))
-    decoder = _Decoder(mask, is_causal).to(dtype).eval()
+    decoder = _Decoder(mask, is_causal=is_causal).to(dtype).eval()
     gm = capture(decoder, spec, 1).prefill if limit else trace(decoder, *_EXAMPLE, dynamic=True)
     assert normalize_attention(gm, PassContext(spec)) == 1
     return classify_masks(gm, PassContext(spec))[0]
@@ -84,11 +85,6 @@ CAUSAL: dict[str, Mask] = {
 }
 
 
-@pytest.mark.parametrize("name", CAUSAL)
-def test_causal(name: str) -> None:
-    assert classify(CAUSAL[name]) == MaskKind("causal")
-
-
 def test_is_causal_without_a_mask() -> None:
     assert classify(lambda *_: None, is_causal=True) == MaskKind("causal")
 
@@ -117,10 +113,26 @@ WINDOWS: dict[str, tuple[Mask, int]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def kinds() -> dict[str, MaskKind]:
+    """What is found for every mask of CAUSAL and WINDOWS, each a layer of one decoder."""
+    masks = CAUSAL | {name: mask for name, (mask, _) in WINDOWS.items()}
+    spec = ModelSpec("test", len(masks), VOCAB, None, (None,) * len(masks), lambda model, *inputs: model(*inputs))
+    gm = trace(_Decoder(*masks.values()).eval(), *_EXAMPLE, dynamic=True)
+    assert normalize_attention(gm, PassContext(spec)) == len(masks)
+    found = classify_masks(gm, PassContext(spec))
+    assert list(found) == list(range(len(masks)))
+    return dict(zip(masks, found.values(), strict=True))
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_causal(name: str, kinds: dict[str, MaskKind]) -> None:
+    assert kinds[name] == MaskKind("causal")
+
+
 @pytest.mark.parametrize("name", WINDOWS)
-def test_a_window_that_no_config_names(name: str) -> None:
-    mask, window = WINDOWS[name]
-    assert classify(mask) == MaskKind("sliding_window", window)
+def test_a_window_that_no_config_names(name: str, kinds: dict[str, MaskKind]) -> None:
+    assert kinds[name] == MaskKind("sliding_window", WINDOWS[name][1])
 
 
 def test_the_configs_window_is_cross_checked() -> None:
@@ -183,21 +195,33 @@ REFUSED: dict[str, tuple[Mask, str]] = {
     "no mask": (lambda *_: None, "got none at all"),
     "prefix": (lambda m, ids, seen, at, x: (_distance(seen) >= 0) | (torch.arange(seen.shape[1]) < 20), "sees 20 keys"),
     "chunks": (
-        lambda m, ids, seen, at, x: (_distance(seen) >= 0) & ((at // 50)[:, None, :, None] == (at // 50)[:, None, None]),
+        lambda m, ids, seen, at, x: (
+            (_distance(seen) >= 0) & ((at // 50)[:, None, :, None] == (at // 50)[:, None, None])
+        ),
         "got one where query",
     ),
     "sinks beside a window": (
-        lambda m, ids, seen, at, x: (_distance(seen) >= 0) & ((_distance(seen) < 30) | (torch.arange(seen.shape[1]) < 4)),
+        lambda m, ids, seen, at, x: (
+            (_distance(seen) >= 0) & ((_distance(seen) < 30) | (torch.arange(seen.shape[1]) < 4))
+        ),
         "got one where query",
     ),
-    "every other key": (lambda m, ids, seen, at, x: (_distance(seen) >= 0) & (_distance(seen) % 2 == 0), "got one where"),
+    "every other key": (
+        lambda m, ids, seen, at, x: (_distance(seen) >= 0) & (_distance(seen) % 2 == 0),
+        "got one where",
+    ),
     "windows by head": (
         lambda m, ids, seen, at, x: (_distance(seen) >= 0) & (_distance(seen) < torch.arange(9, 9 + H)[:, None, None]),
         "got one where query",
     ),
-    "token ids": (lambda m, ids, seen, at, x: (_distance(seen) >= 0) & (ids != 0)[:, None, None], "depends on the tokens"),
+    "token ids": (
+        lambda m, ids, seen, at, x: (_distance(seen) >= 0) & (ids != 0)[:, None, None],
+        "depends on the tokens",
+    ),
     "logarithmic bias": (
-        lambda m, ids, seen, at, x: -_distance(seen).clamp(min=0).add(1).log().masked_fill(_distance(seen) < 0, torch.inf),
+        lambda m, ids, seen, at, x: (
+            -_distance(seen).clamp(min=0).add(1).log().masked_fill(_distance(seen) < 0, torch.inf)
+        ),
         "a bias that is no ALiBi",
     ),
     "a bump": (
@@ -205,7 +229,9 @@ REFUSED: dict[str, tuple[Mask, str]] = {
         "a bias that is no ALiBi",
     ),
     "positions by column": (
-        lambda m, ids, seen, at, x: (_distance(seen) >= 0) & ((_distance(seen) < 9) | (seen[:, :1] == 1)[:, None, None]),
+        lambda m, ids, seen, at, x: (
+            (_distance(seen) >= 0) & ((_distance(seen) < 9) | (seen[:, :1] == 1)[:, None, None])
+        ),
         "left padding shifts",
     ),
     "a distance beyond reason": (_in(2**30), "at most 4,194,304 tokens, got 1073741824"),

@@ -177,7 +177,13 @@ def test_layers_are_numbered_by_module_or_else_in_order(numbered: bool, expected
 
 @pytest.mark.parametrize(
     "name, attn",
-    [("llama-gqa", "sdpa"), ("llama-gqa", "eager"), ("falcon-new", "eager"), ("falcon-rw", "sdpa"), ("falcon-rw", "eager")],
+    [
+        ("llama-gqa", "sdpa"),
+        ("llama-gqa", "eager"),
+        ("falcon-new", "eager"),
+        ("falcon-rw", "sdpa"),
+        ("falcon-rw", "eager"),
+    ],
 )
 def test_families(name: str, attn: str) -> None:
     model, ctx, graphs = captured(name, attn)

@@ -11,6 +11,7 @@ from transformers import (
     pipeline,
 )
 
+from tests.words import word_tokenizer
 from zsmerge_compile.errors import InputError
 
 Compiled = Callable[[Any, int], Any]
@@ -18,16 +19,7 @@ Compiled = Callable[[Any, int], Any]
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """Words w2 ... w127, of the tiny models' vocabulary."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<pad>": 0, "<s>": 1} | {f"w{i}": i for i in range(2, 128)}
-    core = Tokenizer(models.WordLevel(words, unk_token="<s>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", return_token_type_ids=False, padding_side="left"
-    )
+    return word_tokenizer()
 
 
 def test_text_generation_pipeline(

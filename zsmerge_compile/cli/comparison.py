@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,19 @@ class Material:
 
 
 @dataclass(frozen=True)
+class Method:
+    """A way to run the model: prefill [1, T] -> logits [1, vocab], decode [1, 1] -> logits [1, vocab]."""
+
+    name: str
+    prefill: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    generate: Callable[..., Tensor]
+    slots: Callable[[], int]
+    nbytes: Callable[[], int]
+    warm_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class Outcome:
     """One method's figures.
 
@@ -33,8 +46,8 @@ class Outcome:
     loss           nats per token of the truth, each token predicted from the ones before it
     cache_bytes    allocated after the last token of the truth
     ms_per_token   median over the truth's decode steps, milliseconds
-    warm_seconds   compiling and the first step
-    written        tokens of the greedy continuation
+    warm_seconds   compiling, the first prompt and the first step
+    written        tokens of the continuation, sampled with the same seed by every method
     """
 
     method: str
@@ -46,53 +59,61 @@ class Outcome:
     written: list[int]
 
 
-def full_cache(model: Any, material: Material) -> Outcome:
+def full_cache(model: Any) -> Method:
     """transformers' own model and DynamicCache."""
     cache = DynamicCache(config=model.config)
 
     @torch.no_grad()
     def step(ids: Tensor) -> Tensor:
-        return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits: Tensor = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1]
 
-    loss, ms = _follow(step, step, material)
-    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    options = dict(max_new_tokens=material.new_tokens, do_sample=False)
-    mask = torch.ones_like(material.prompt)
-    out = model.generate(material.prompt, attention_mask=mask, **options)
-    return Outcome("full cache", cache.get_seq_length(), loss, size, ms, 0.0, _written(out, material))
+    def nbytes() -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+    return Method("full cache", step, step, model.generate, cache.get_seq_length, nbytes)
 
 
-def compressed(model: Any, material: Material, share: float, backend: str) -> Outcome:
-    """A compiled model whose budget is `share` of the prompt's length."""
-    config = ZSMergeConfig.from_ratio(share, length=material.prompt.shape[1])
+def compressed(model: Any, material: Material, share: float, backend: str) -> Method:
+    """A compiled model whose budget is `share` of the prompt's length; warm, and empty."""
     started = time.perf_counter()
-    compiled = compile(model, config, backend=backend)
+    compiled = compile(model, ZSMergeConfig.from_ratio(share, length=material.prompt.shape[1]), backend=backend)
     compiled.prefill(material.prompt)
     compiled.decode(material.truth[:, :1])
     warm = time.perf_counter() - started
     compiled.reset()
-    loss, ms = _follow(compiled.prefill, compiled.decode, material)
-    size = compiled.cache.nbytes
-    mask = torch.ones_like(material.prompt)
-    out = compiled.generate(material.prompt, attention_mask=mask, max_new_tokens=material.new_tokens, do_sample=False)
     slots = max(layout.budget for layout in compiled.report.layouts)
-    return Outcome(f"{share:.0%} budget", slots, loss, size, ms, warm, _written(out, material))
+    steps = compiled.prefill, compiled.decode, compiled.generate
+    return Method(f"{share:.0%} budget", *steps, lambda: slots, lambda: compiled.cache.nbytes, warm)
 
 
-def _follow(
-    prefill: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor], material: Material
-) -> tuple[float, float]:
-    """Feeds the prompt, then the truth one token at a time: its loss, and milliseconds per decode step."""
-    truth, seconds = material.truth, []
-    logits = [prefill(material.prompt)]
+def compare(methods: Sequence[Method], material: Material, tick: Callable[[], None] = lambda: None) -> list[Outcome]:
+    """Every method follows the truth, then writes its own continuation.
+
+    Step by step in turn, so that whatever else the machine does slows all of them. `tick` is called after each token
+    of the truth and after each continuation.
+    """
+    truth, seconds = material.truth, [list[float]() for _ in methods]
+    logits = [[method.prefill(material.prompt)] for method in methods]
     for index in range(truth.shape[1] - 1):
-        started = time.perf_counter()
-        logits.append(decode(truth[:, index : index + 1]))
-        seconds.append(time.perf_counter() - started)
-    loss = torch.nn.functional.cross_entropy(torch.cat(logits).float(), truth[0])
-    return float(loss), statistics.median(seconds) * 1000
+        for method, rows, times in zip(methods, logits, seconds, strict=True):
+            started = time.perf_counter()
+            rows.append(method.decode(truth[:, index : index + 1]))
+            times.append(time.perf_counter() - started)
+        tick()
+    outcomes = []
+    for method, rows, times in zip(methods, logits, seconds, strict=True):
+        loss = float(torch.nn.functional.cross_entropy(torch.cat(rows).float(), truth[0]))
+        figures = (method.slots(), loss, method.nbytes(), statistics.median(times) * 1000, method.warm_seconds)
+        outcomes.append(Outcome(method.name, *figures, _write(method, material)))
+        tick()
+    return outcomes
 
 
-def _written(out: Tensor, material: Material) -> list[int]:
+def _write(method: Method, material: Material) -> list[int]:
+    options = dict(max_new_tokens=material.new_tokens, do_sample=True, temperature=0.6, top_k=20)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        out = method.generate(material.prompt, attention_mask=torch.ones_like(material.prompt), **options)
     tokens: list[int] = out[0, material.prompt.shape[1] :].tolist()
     return tokens

@@ -37,12 +37,16 @@ def add(commands: Any) -> None:
     parser.add_argument("--prompt-tokens", type=count, default=1024, metavar="N", help="from the start (1024)")
     parser.add_argument("--truth-tokens", type=count, default=256, metavar="N", help="after those, for the loss (256)")
     parser.add_argument("--new-tokens", type=count, default=64, metavar="N", help="tokens each method writes (64)")
+    parser.add_argument("--threads", type=count, default=1, metavar="N", help="of the CPU; so small a model needs 1 (1)")
     add_backend(parser, "inductor")
     parser.set_defaults(command=command)
 
 
 def command(options: argparse.Namespace) -> int:
+    import torch
+
     out = console()
+    torch.set_num_threads(options.threads)
     with notes().status("loading"):
         model, tokenizer = load_model(ASSETS, "float32"), load_tokenizer(ASSETS)
         text = (ASSETS / "held_out.txt").read_text(encoding="utf-8")
@@ -56,36 +60,40 @@ def command(options: argparse.Namespace) -> int:
 
 
 def cut(tokenizer: Any, text: str, prompt: int, truth: int, new_tokens: int) -> Material:
-    """The text's first `prompt` tokens and the `truth` tokens after them; InputError where it has fewer."""
+    """The whole lines in the first `prompt` tokens, and the `truth` tokens after; InputError where there are fewer."""
     from zsmerge_compile.cli.comparison import Material
 
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
     if truth < 2 or ids.shape[1] < prompt + truth:
         expected = f"at most {ids.shape[1]:,} with at least 2 of truth, the length of the held-out file"
         raise InputError(must("--prompt-tokens and --truth-tokens together", expected, f"{prompt:,} + {truth:,}"))
-    return Material(ids[:, :prompt], ids[:, prompt : prompt + truth], new_tokens)
+    starts = (at for at in range(prompt, 0, -1) if tokenizer.decode(ids[0, at : at + 1]).startswith("\n"))
+    end = next(starts, prompt)
+    return Material(ids[:, :end], ids[:, end : end + truth], new_tokens)
 
 
 def compare(model: Any, material: Material, shares: Sequence[float], backend: str) -> list[Outcome]:
     """The full cache first, then one compiled model per share; progress on standard error."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from zsmerge_compile.cli.comparison import compressed, full_cache
+    from zsmerge_compile.cli import comparison
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=notes(), transient=True) as progress:
-        task = progress.add_task("full cache", total=1 + len(shares))
-        outcomes = [full_cache(model, material)]
+        task = progress.add_task("", total=len(shares))
+        methods = [comparison.full_cache(model)]
         for share in shares:
-            progress.update(task, advance=1, description=f"{share:.0%} budget: compiling and running")
-            outcomes.append(compressed(model, material, share, backend))
-    return outcomes
+            progress.update(task, description=f"compiling for a budget of {share:.0%}")
+            methods.append(comparison.compressed(model, material, share, backend))
+            progress.advance(task)
+        task = progress.add_task("running all of them", total=material.truth.shape[1] - 1 + len(methods))
+        return comparison.compare(methods, material, lambda: progress.advance(task))
 
 
 def figures(outcomes: Sequence[Outcome]) -> RenderableType:
     from rich.table import Table
 
-    table = Table(title="held-out source file, the same prompt by each method", title_justify="left")
+    table = Table(title="a source file held out of training, continued by each method", title_justify="left")
     table.add_column("method")
     for column in ("slots", "held-out loss", "cache", "of full", "ms per token", "first use"):
         table.add_column(column, justify="right")
@@ -105,8 +113,8 @@ def conditions(model: Any, material: Material, backend: str) -> str:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return (
         f"Loss in nats per token over the {truth:,} tokens that follow a prompt of {prompt:,}; slots are per key/value "
-        f"head; ms per token is the median of those steps, batch 1, {parameters:,} parameters, "
-        f"{str(model.dtype).split('.')[-1]}, {torch.get_num_threads()} threads, {platform.machine()}. Full cache: "
+        f"head; ms per token is the median of those steps, methods in turn, batch 1, {parameters:,} parameters, "
+        f"{str(model.dtype).split('.')[-1]}, {torch.get_num_threads()} CPU threads, {platform.machine()}. Full cache: "
         f"transformers {version('transformers')} with DynamicCache; budgets: backend {backend}, torch "
         f"{torch.__version__}; first use: compiling and the first prompt and step."
     )
@@ -120,10 +128,10 @@ def texts(tokenizer: Any, material: Material, outcomes: Sequence[Outcome], out: 
 
     truth = material.truth[0, : material.new_tokens].tolist()
     written = {"the file goes on": truth} | {row.method: row.written for row in outcomes}
-    panels = [
-        Panel(Text(tokenizer.decode(ids, skip_special_tokens=True), overflow="fold"), title=name, title_align="left")
-        for name, ids in written.items()
-    ]
+    panels = []
+    for name, ids in written.items():
+        text = Text(tokenizer.decode(ids, skip_special_tokens=True).strip("\n"), overflow="fold")
+        panels.append(Panel(text, title=name, title_align="left"))
     abreast = max(1, min(len(panels), out.width // 45))
     grid = Table.grid(expand=True)
     for _ in range(abreast):

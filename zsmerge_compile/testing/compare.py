@@ -75,7 +75,8 @@ def _answer(compiled: Any, case: Case, calls: list[Call]) -> Tensor:
     try:
         logits: Tensor = compiled.prefill(ids, mask) if kind == "prefill" else compiled.decode(ids, mask)
     except Exception as error:
-        raise Mismatch(case, calls, f"{kind} must answer, got {type(error).__name__}: {error}") from error
+        what = (str(error).splitlines() or [""])[0]
+        raise Mismatch(case, calls, f"{kind} must answer, got {type(error).__name__}: {what}") from error
     return logits
 
 

@@ -54,7 +54,7 @@ def where_parts(subject: Subject, mismatch: Mismatch) -> str:
         try:
             ours = again.prefill(call.ids, call.mask) if call.kind == "prefill" else again.decode(call.ids, call.mask)
         except Exception as error:
-            return f"The graph itself fails at call {number} ({call.kind}): {type(error).__name__}: {error}"
+            return f"The graph itself fails at call {number} ({call.kind}), with a {type(error).__name__}."
         at = f"at call {number} of {len(mismatch.calls)} ({call.kind})"
         for layer, found in sorted(recorders[call.kind].outputs.items()):
             share = _difference(found, listed.oracle.outputs[layer], answer.rows)

@@ -37,7 +37,7 @@ def snippet(subject: Subject, mismatch: Mismatch) -> str:
         "import torch",
         "import zsmerge_compile as zs",
         "from zsmerge_compile.models.registry import spec_for",
-        "from zsmerge_compile.testing.oracle import Oracle",
+        *(["from zsmerge_compile.testing import Oracle"] if case.check != FULL else []),
         "",
         f"config = zs.ZSMergeConfig(budget={config.budget}, merge={case.merge!r}{chunked})",
         f"compiled = zs.compile(model, config, batch_size={case.batch}, backend={subject.backend!r})",
