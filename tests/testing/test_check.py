@@ -59,7 +59,7 @@ def test_a_seed_fixes_the_cases() -> None:
 
 def drawn(name: str, count: int, seed: int) -> list[Case]:
     found: list[Case] = []
-    check._hypothesis_runs(found.append, cases(name, Sizes(20, 4, 4, (1, 3))), count, seed)
+    check._hypothesis_runs(lambda case: found.append(case), cases(name, Sizes(20, 4, 4, (1, 3))), count, seed)
     return found
 
 
@@ -204,7 +204,7 @@ def test_the_smallest_case_is_small(monkeypatch: Patch) -> None:
 
 def test_an_oracle_that_does_not_know_the_model_is_said_so(monkeypatch: Patch) -> None:
     """Without a config that tells its slopes, ALiBi is checked at full budget only."""
-    monkeypatch.setattr("zsmerge_compile.testing.subject.FAMILIES", ())
+    monkeypatch.setattr("zsmerge_compile.testing.noise.FAMILIES", ())
     report = check_equivalence(tiny("falcon-rw"), **QUICK)
     assert [result.name for result in report.checks] == [FULL]
     assert "ALiBi" in report.skipped[0] and "not checked: small budget" in str(report)

@@ -35,12 +35,8 @@ class Recall(NamedTuple):
 def held_out_figures(model: LlamaForCausalLM, stream: Stream, length: int) -> HeldOut:
     """Every held-out token but the first is predicted once, from the tokens before it in its window of `length`."""
     nats, count = 0.0, len(stream.ids) - 1
-    whole = count // length * length
-    windows = torch.from_numpy(np.lib.stride_tricks.sliding_window_view(stream.ids, length + 1)[:whole:length].copy())
-    for batch in torch.split(windows, max(1, _TOKENS_PER_BATCH // length)):
-        nats += _nats(model, batch)
-    if whole < count:
-        nats += _nats(model, torch.from_numpy(stream.ids[None, whole:]))
+    for begin in range(0, count, length):
+        nats += _nats(model, torch.from_numpy(stream.ids[None, begin : begin + length + 1]))
     return HeldOut(nats / math.log(2) / stream.bytes, nats / count, count)
 
 

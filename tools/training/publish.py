@@ -37,7 +37,8 @@ answer (two tokens) is the most likely one.
 
 A fact is a line of its own, `key K17 = 4821`: a key from K00 to K99 and four digits. A question is the same line up to
 and including the space after the equals sign. Keys are single tokens, which makes recall easier than keys that have to
-be spelled; the context beyond 2,048 tokens was never trained. One seed ({seed}).
+be spelled; the context beyond 2,048 tokens was never trained. Some held-out files share code with files trained on.
+One seed ({seed}).
 
 The text is from Python's standard library, copyright Python Software Foundation, under the PSF licence
 (https://docs.python.org/3/license.html): the model was trained on it, and `held_out.txt` is one of the files that

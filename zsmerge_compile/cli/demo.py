@@ -37,7 +37,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--prompt-tokens", type=count, default=1024, metavar="N", help="from the start (1024)")
     parser.add_argument("--truth-tokens", type=count, default=256, metavar="N", help="after those, for the loss (256)")
     parser.add_argument("--new-tokens", type=count, default=64, metavar="N", help="tokens each method writes (64)")
-    parser.add_argument("--threads", type=count, default=1, metavar="N", help="of the CPU; so small a model needs 1 (1)")
+    parser.add_argument("--threads", type=count, default=1, metavar="N", help="CPU threads (1: the model is small)")
     add_backend(parser, "inductor")
     parser.set_defaults(command=command)
 
@@ -114,7 +114,7 @@ def conditions(model: Any, material: Material, backend: str) -> str:
     return (
         f"Loss in nats per token over the {truth:,} tokens that follow a prompt of {prompt:,}; slots are per key/value "
         f"head; ms per token is the median of those steps, methods in turn, batch 1, {parameters:,} parameters, "
-        f"{str(model.dtype).split('.')[-1]}, {torch.get_num_threads()} CPU threads, {platform.machine()}. Full cache: "
+        f"{str(model.dtype).split('.')[-1]}, CPU threads: {torch.get_num_threads()}, {platform.machine()}. Full cache: "
         f"transformers {version('transformers')} with DynamicCache; budgets: backend {backend}, torch "
         f"{torch.__version__}; first use: compiling and the first prompt and step."
     )

@@ -1,7 +1,7 @@
 """transformers' own `generate`, driving a compiled step.
 
 `GenerateMixin` gives a class with prefill, decode and reset the whole of transformers' generate (sampling, logits
-processors, stopping criteria, streamers) by these hooks, the same in transformers 5.17 to 5.23:
+processors, stopping criteria, streamers) by these hooks (tested with transformers 5.17 and 5.23):
 
 - `generate`                         refuses what a compressed cache cannot do, before anything is written
 - `_supports_default_dynamic_cache`  False: transformers then makes no cache of its own

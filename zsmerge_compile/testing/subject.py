@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from zsmerge_compile.api import compile
 from zsmerge_compile.config import Split, ZSMergeConfig
 from zsmerge_compile.models.registry import spec_for
 from zsmerge_compile.runtime.model import CompiledModel
-from zsmerge_compile.testing.attention_hook import implementation, kv_heads_of
+from zsmerge_compile.testing.attention_hook import kv_heads_of
 from zsmerge_compile.testing.cases import FULL, Case, Sizes
+from zsmerge_compile.testing.noise import Noise, is_known
 from zsmerge_compile.testing.oracle import Oracle
-from zsmerge_compile.testing.references import Listed, Reference, Untouched, positions_of
+from zsmerge_compile.testing.references import Listed, Reference, Untouched
 
 HALVES = (torch.bfloat16, torch.float16)
-FAMILIES = ("llama", "mistral", "falcon")  # whose attention implementation, heads and ALiBi the config tells
 
 
 class Subject:
@@ -30,7 +28,8 @@ class Subject:
         self.spec = spec_for(model)
         self.backend, self.sizes, self.budget_small = backend, sizes, budget_small
         self.dtype, self.device = next(model.parameters()).dtype, next(model.parameters()).device
-        self.known = getattr(getattr(model, "config", None), "model_type", None) in FAMILIES
+        self.known = is_known(model)
+        self.noise = Noise(self.model, self.spec, sizes.total)
         self._kv_heads = kv_heads
         self._compiled: dict[tuple[str, int, str], CompiledModel] = {}
 
@@ -99,33 +98,3 @@ class Subject:
         if not self.known and any(site.slopes is not None for site in sites):
             return "the oracle reads ALiBi slopes from a transformers config, and this model has none"
         return ""
-
-    # --- how far apart two right answers may be, in half precision
-
-    @torch.no_grad()
-    def noise(self, ids: Tensor, mask: Tensor) -> float:
-        """Largest difference between the logits of transformers' sdpa and eager attention over all columns [B, T].
-
-        A model whose implementation cannot be chosen, or whose two differ by more than rounding (ALiBi, which Falcon's
-        eager attention adds twice), is compared with its own fp32 copy instead.
-        """
-        if self.known and not getattr(self.model.config, "alibi", False):
-            sdpa, eager = (self._all_logits(self.model, ids, mask, name) for name in ("sdpa", "eager"))
-            return float(((sdpa - eager).abs() * mask[..., None]).max())
-        columns = range(ids.shape[1], 0, -max(1, ids.shape[1] // 8))
-        return max(self._distance_from_copy(ids[:, :n], mask[:, :n]) for n in columns)
-
-    def _all_logits(self, model: Any, ids: Tensor, mask: Tensor, name: str) -> Tensor:
-        with implementation(model.config, name):
-            out = model(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False)
-        logits: Tensor = out.logits.float()
-        return logits
-
-    def _distance_from_copy(self, ids: Tensor, mask: Tensor) -> float:
-        ours, copied = (self.spec.call(m, ids, mask, positions_of(mask)).float() for m in (self.model, self._copy))
-        real = mask[:, -1:].bool()
-        return float((ours - copied).masked_fill(~real, 0.0).abs().max())
-
-    @cached_property
-    def _copy(self) -> nn.Module:
-        return copy.deepcopy(self.model).float()

@@ -1,0 +1,83 @@
+"""What Inductor makes of both graphs equals the graphs themselves, and is made once.
+
+Compiling takes most of a minute, so each model is compiled in one test and everything is asked of it there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor.codecache import PyCodeCache
+
+from tests.models_zoo import VOCAB, prompt, tiny
+from tests.states import assert_same_states
+from tests.test_equivalence import assert_same_logits
+from zsmerge_compile.api import compile
+from zsmerge_compile.config import ZSMergeConfig
+from zsmerge_compile.lower import inductor
+from zsmerge_compile.ops.state import State
+from zsmerge_compile.runtime.model import CompiledModel
+
+BATCH = 3
+
+
+def assert_same_caches(ours: CompiledModel, theirs: CompiledModel) -> None:
+    assert torch.equal(ours.cache.seen_tokens, theirs.cache.seen_tokens)
+    for one, other in zip(ours.cache.layers, theirs.cache.layers, strict=True):
+        assert_same_states(*(State(**vars(layer)) for layer in (one, other)))
+
+
+def assert_equal_over_a_session(ours: CompiledModel, theirs: CompiledModel, steps: int) -> None:
+    """A padded prompt past the budget, steps with rows pausing, one row refilled, and more steps."""
+    generator, x, again = torch.Generator().manual_seed(0), prompt(BATCH, 30, pads=(0, 9, 29)), prompt(1, 17, seed=2)
+    logits = [side.prefill(x["input_ids"], x["attention_mask"]) for side in (ours, theirs)]
+    assert_same_logits(*logits, "prompt")
+    assert_same_caches(ours, theirs)
+    for step in range(steps):
+        if step == steps // 2:
+            for side in (ours, theirs):
+                side.reset([1])
+            assert_same_logits(*(side.prefill(again["input_ids"], rows=[1]) for side in (ours, theirs)), "refill")
+        token = torch.randint(VOCAB, (BATCH, 1), generator=generator)
+        active = torch.rand(BATCH, generator=generator) < 0.8
+        logits = [side.decode(token, active)[active] for side in (ours, theirs)]
+        assert_same_logits(*logits, f"step {step}")
+    assert_same_caches(ours, theirs)
+
+
+def assert_compiles_no_more(compiled: CompiledModel) -> None:
+    """Prompts of many lengths, batches and rows, on empty and filled caches, and steps."""
+    before = _made()
+    compiled.reset()
+    for length in (1, 2, 3, 7, 12, 13, 40, 133):
+        for rows in ([1], [2, 0], [0, 1, 2]):
+            compiled.prefill(prompt(len(rows), length)["input_ids"], rows=rows)
+            compiled.decode(torch.ones(BATCH, 1, dtype=torch.int64))
+    assert _made() == before
+
+
+def _made() -> tuple[int, ...]:
+    """How many graphs torch has compiled in this process, in three ways of counting."""
+    autograd = sum(count for name, count in counters["aot_autograd"].items() if name in ("total", "ok"))
+    return len(PyCodeCache.modules), autograd, counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral-w8", "falcon-new", "falcon-rw"])
+def test_inductor_equals_eager(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compilations: list[Any] = []
+    compile_graph = inductor.compile_graph
+
+    def counted(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        compilations.append(gm)
+        return compile_graph(gm, inputs)
+
+    monkeypatch.setattr(inductor, "compile_graph", counted)
+    model, config = tiny(name), ZSMergeConfig(12, residual=2)
+    ours, theirs = (compile(model, config, BATCH, backend) for backend in ("inductor", "eager"))
+    assert len(compilations) == 2, "one prefill graph and one decode graph"
+    assert_equal_over_a_session(ours, theirs, steps=60)
+    assert_compiles_no_more(ours)
+    assert len(compilations) == 2
