@@ -137,7 +137,7 @@ PAST: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # id -> family,
     "falcon-new-eager": ("falcon-new", dict(attn="eager"), dict(merge="sequential")),
     "mistral-w40-eager": ("mistral", dict(sliding_window=40, attn="eager"), dict(prefill="chunked", chunk=16)),
 }
-SEEDS = dict.fromkeys(PAST, 0)  # of the tokens: no decision in any of their runs is too close to call
+SEEDS = dict.fromkeys(PAST, 0) | {"falcon-rw-eager": 2}  # of tokens that bring no decision too close to call
 
 
 @pytest.mark.parametrize("case", PAST)
@@ -159,17 +159,18 @@ def test_past_the_budget_is_zsmerge_on_lists(case: str) -> None:
     assert_same_logits(ours, theirs, "prompt")
     for step in range(STEPS):
         if step == STEPS // 2:
+            closest = oracle.margin
             compiled.reset([1])
             oracle.reset([1])
             ours = compiled.prefill(again["input_ids"], again["attention_mask"], rows=[1])
             theirs = oracle.prefill(again["input_ids"], again["attention_mask"], chunk, rows=[1])
             assert_same_logits(ours, theirs, "second prompt")
         active = torch.rand(3, generator=generator) < 0.9
-        token = torch.randint(VOCAB, (3, 1), generator=generator)
+        token = torch.randint(2, VOCAB, (3, 1), generator=generator)  # the key of 0, the pad, is zero: a true tie
         ours, theirs = compiled.decode(token, active), oracle.decode(token, active)
         assert_same_logits(ours[active], theirs[active], f"step {step}, margin {oracle.margin:.1e}")
     assert compiled.cache.seen_tokens.tolist() == oracle.seen
-    assert oracle.margin > DECISION, "choose another seed: nothing is proved after a near tie"
+    assert min(closest, oracle.margin) > DECISION, "choose another seed: nothing is proved after a near tie"
 
 
 @pytest.mark.parametrize("merge", ["segment", "sequential"])

@@ -103,7 +103,7 @@ def test_the_sink_survives_a_prompt_shorter_than_the_budget(case: Case, data: st
 
 
 @few
-@given(case=cases(windows=False, alibi=False, decays=st.sampled_from([0.0, 0.5])), data=st.data())
+@given(case=cases(windows=False, alibi=False, decays=(0.0, 0.5)), data=st.data())
 def test_a_generated_token_wins_a_context_slot_from_a_prompt_token(case: Case, data: st.DataObject) -> None:
     """At most 1/2 of the decay, so that what the prompt's tokens were once given is soon forgotten."""
     assume(case.layout.context)
@@ -240,7 +240,7 @@ def ties(case: Case, n: int) -> Tokens:
 
 
 @few
-@given(case=cases(alibi=False, decays=st.just(0.0)), first=st.integers(0, 30), steps=st.integers(0, 30))
+@given(case=cases(alibi=False, decays=(0.0,)), first=st.integers(0, 30), steps=st.integers(0, 30))
 def test_of_equals_the_oldest_leaves_and_the_slot_opened_first_takes_it(case: Case, first: int, steps: int) -> None:
     """As the oracle's lists have it, to the token: no tie may depend on where a slot lies."""
     assume(first + steps)
