@@ -131,6 +131,16 @@ def table(result: dict[str, Any]) -> Table:
     return shown
 
 
+def write(result: dict[str, Any], path: Path) -> None:
+    """The figures as JSON, and beside it the table as text with the conditions they hold for."""
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    with path.with_suffix(".txt").open("w") as file:
+        console = Console(file=file, width=120)
+        console.print(table(result))
+        for name, value in result["conditions"].items():
+            console.print(f"{name}: {value}")
+
+
 def main() -> None:
     """Command line of tools/bench."""
     parser = argparse.ArgumentParser(
@@ -148,7 +158,7 @@ def main() -> None:
     options = parser.parse_args()
     result = measure(options.budgets, options.contexts, options.layers, getattr(torch, options.dtype), options.rounds)
     Console().print(table(result))
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, options.out)
 
 
 if __name__ == "__main__":

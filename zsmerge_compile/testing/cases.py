@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -64,23 +65,31 @@ class Call(NamedTuple):
 
 
 def cases(check: str, sizes: Sizes) -> SearchStrategy[Case]:
-    """Random cases; the simplest is one row with one token."""
+    """Random cases; the simplest is one row with one token. What decides the code that runs is drawn first."""
     from hypothesis import strategies as st
 
-    def of_batch(batch: int) -> Any:
+    merges = ("segment",) if check == FULL else ("segment", "sequential")  # at full budget nothing is merged
+    kinds = list(product(sorted(sizes.batches), (True, False), merges))
+
+    def upto(least: int, most: int) -> Any:
+        """Left alone, hypothesis likes small numbers; a cache shows what it does when it is full."""
+        return st.integers(least, most) | st.integers((least + most) // 2, most)
+
+    def of_kind(kind: tuple[int, bool, str]) -> Any:
+        batch, whole, merge = kind
         return st.builds(
             Case,
             check=st.just(check),
-            lengths=st.tuples(*[st.integers(1, sizes.prompt)] * batch),
-            again=st.integers(0, sizes.again),
-            steps=st.integers(0, sizes.steps),
-            chunk=st.one_of(st.none(), st.integers(4, 32)),
-            merge=st.just("segment") if check == FULL else st.sampled_from(["segment", "sequential"]),
+            lengths=st.tuples(*[upto(1, sizes.prompt)] * batch),
+            again=upto(0, sizes.again),
+            steps=upto(0, sizes.steps),
+            chunk=st.none() if whole else st.integers(4, 32),
+            merge=st.just(merge),
             pauses=st.just(False) if check == FULL else st.booleans(),
             seed=st.integers(0, 2**16),
         )
 
-    return st.sampled_from(sorted(sizes.batches)).flatmap(of_batch)
+    return st.sampled_from(kinds).flatmap(of_kind)
 
 
 def prompts_of(case: Case, vocab_size: int) -> list[Call]:

@@ -26,7 +26,7 @@ def check_equivalence(
     model: nn.Module,
     *,
     backend: str = "eager",
-    max_examples: int = 20,
+    max_examples: int = 40,
     seed: int = 0,
     budget_small: int = 24,
     steps: int = 24,
