@@ -25,7 +25,8 @@ class Cache:
         self._states = program.allocate()
         fields = program.policy.state_fields
         self.layers = [SimpleNamespace(**dict(zip(fields, state, strict=True))) for state in self._states]
-        self.seen_tokens = torch.zeros(program.batch_size, dtype=torch.int64, device=program.device)
+        with torch.inference_mode(False):
+            self.seen_tokens = torch.zeros(program.batch_size, dtype=torch.int64, device=program.device)
         self.flat: list[Tensor] = [tensor for state in self._states for tensor in state]
         self._broken = [False] * program.batch_size
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -55,8 +56,8 @@ class ZSMergeConfig:
     chunk: int = 512
 
     def __post_init__(self) -> None:
-        if isinstance(self.budget, Sequence) and not isinstance(self.budget, str):
-            object.__setattr__(self, "budget", tuple(self.budget))
+        object.__setattr__(self, "budget", _plain(self.budget))
+        _check(self.budget != (), "budget list", "one count per layer", "an empty list")
         for budget in self._budgets():
             _check(_is_count(budget) and budget >= SMALLEST, "budget", f"an integer of at least {SMALLEST}", budget)
         _check(_is_part(self.proximity) and self.proximity > 0, "proximity", _PART.format("above 0"), self.proximity)
@@ -88,13 +89,17 @@ class ZSMergeConfig:
         return budgets
 
     def split(self, budget: int, window: int | None = None) -> Split:
-        """Parts of a layer of `budget` slots; a layer with a sliding window needs no more than `window` slots."""
+        """Parts of a layer of `budget` slots; a layer with a sliding window needs no more than `window` slots.
+
+        Counts that a window leaves no room for shrink, the residual first: nothing is merged in such a layer anyway.
+        """
         size = budget if window is None else min(budget, window)
         clamped = size < budget
         proximity = _resolve(self.proximity, size, clamped)
         _check(proximity <= size, "proximity", f"at most the budget of {size} slots", proximity)
         residual = _resolve(self.residual, size - proximity, clamped)
-        residual = min(residual, size - proximity) if isinstance(self.residual, float) else residual
+        if clamped:
+            residual = min(residual, size - proximity)
         _check(
             residual <= size - proximity,
             "proximity + residual",
@@ -119,6 +124,20 @@ def _resolve(part: int | float, whole: int, clamped: bool) -> int:
     if isinstance(part, float):
         return max(1, round(part * whole)) if part > 0 else 0
     return min(part, whole) if clamped else part
+
+
+def _plain(budget: Any) -> Any:
+    """A budget as an int or a tuple of ints, whatever integers it came as (numpy's, say); else as it is."""
+    if isinstance(budget, bool | str):
+        return budget
+    if hasattr(budget, "tolist"):  # numpy, torch
+        budget = budget.tolist()
+    if isinstance(budget, Sequence):
+        return tuple(_plain(count) for count in budget)
+    try:
+        return operator.index(budget)
+    except TypeError:
+        return budget
 
 
 def _is_count(value: object) -> bool:

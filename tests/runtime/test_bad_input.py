@@ -118,6 +118,8 @@ def test_decode_stops_at_the_last_position(compiled: Any) -> None:
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "no budgets": (dict(budget=[]), "budget list must be one count per layer, got"),
+    "no room for the residual": (dict(budget=8, proximity=8), "proximity \\+ residual must be at most the budget of 8"),
     "small budget": (dict(budget=2), "budget must be an integer of at least 3, got 2"),
     "budget smaller than its parts": (
         dict(budget=8, proximity=6, residual=3),
@@ -184,6 +186,40 @@ def test_a_call_that_breaks_midway_marks_its_rows_until_reset(
     compiled.reset(rows=[1])
     compiled.prefill(ids(1, 4), rows=[1])
     assert compiled.cache.seen_tokens.tolist() == [13, 4]
+
+
+def test_nan_breaks_only_the_rows_it_is_in() -> None:
+    model = tiny("llama-gqa")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = torch.nan
+    compiled = zs.compile(model, zs.ZSMergeConfig(budget=8), batch_size=3, backend="eager", check_nan=True)
+    compiled.prefill(torch.tensor([[1, 2], [1, 3]]), rows=[2, 0])
+    with pytest.raises(CacheStateError, match="NaN in rows \\[1\\]; reset"):
+        compiled.prefill(torch.tensor([[7, 7]]), rows=[1])
+    assert compiled.cache.broken_rows() == [1]
+    active = torch.tensor([True, False, True])
+    compiled.decode(torch.tensor([[1], [1], [1]]), active)
+    with pytest.raises(CacheStateError, match="NaN in rows \\[2\\]"):
+        compiled.decode(torch.tensor([[1], [1], [7]]), active)
+    assert compiled.cache.broken_rows() == [1, 2]
+
+
+def test_generate_stops_at_the_last_position_and_refuses_lists(compiled: Any) -> None:
+    out = compiled.generate(ids(2, 30) + 1, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    assert out.shape == (2, LIMIT + 1)  # the last token needs no position: it is not fed
+    assert compiled.cache.seen_tokens.tolist() == [LIMIT, LIMIT]
+    with pytest.raises(InputError, match="input_ids must be a tensor"):
+        compiled.generate([[1, 2], [3, 4]])
+    with pytest.raises(InputError, match="attention_mask must be a tensor"):
+        compiled.generate(ids(2, 3), attention_mask=[[1] * 3] * 2)
+
+
+def test_a_model_compiled_in_inference_mode_works_outside() -> None:
+    with torch.inference_mode():
+        compiled = zs.compile(tiny("llama-gqa"), zs.ZSMergeConfig(budget=8), backend="eager")
+        compiled.prefill(ids(1, 12))
+    compiled.decode(ids(1, 1))
+    assert compiled.cache.seen_tokens.tolist() == [13]
 
 
 def test_nan_in_logits_is_found_where_asked_for() -> None:

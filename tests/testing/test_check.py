@@ -179,7 +179,7 @@ def test_a_fault_is_found_and_placed(
 ) -> None:
     """And the code in the message shows it."""
     fault(monkeypatch)
-    monkeypatch.setattr(check, "SHRINK_SECONDS", 10.0)
+    monkeypatch.setattr(check, "SHRINK_SECONDS", 4.0)
     model = tiny(name, dtype)
     with pytest.raises(EquivalenceError) as raised:
         check_equivalence(model, **QUICK)

@@ -1,7 +1,8 @@
 """Decode milliseconds per token on the CPU: ours against transformers' DynamicCache and plain static attention.
 
 One model (random weights, at least 100 M parameters), one process, steps interleaved. Caches are filled with random
-content instead of being prefilled: a step's time depends on how many tokens are held, not on which.
+content instead of being prefilled ("seen" and "held" are set, not reached): a step's time depends on how many tokens
+are held, not on which.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 
 
 def model_100m(layers: int, dtype: torch.dtype) -> Any:
-    """A LLaMA of GQA shape: hidden 768, 12 query and 4 key/value heads of 64; 12 layers make 112 M parameters."""
+    """A LLaMA of GQA shape: hidden 768, 12 query and 4 key/value heads of 64; 12 layers make 125 M parameters."""
     config = LlamaConfig(
         vocab_size=32_000,
         hidden_size=768,
@@ -60,14 +61,31 @@ def dynamic_cache_step(model: Any, tokens: int) -> Callable[[], object]:
     return step
 
 
-def compiled_step(decode: Callable[..., Any], state: list[torch.Tensor], tokens: int) -> Callable[[], object]:
-    """One step of a compiled decode graph over a full cache, at `tokens` seen."""
+def zsmerge_step(compiled: Any, tokens: int) -> Callable[[], object]:
+    """One `CompiledModel.decode`, checks and bookkeeping included, over a full cache at `tokens` seen."""
     ids, seen = torch.zeros(1, 1, dtype=torch.int64), torch.tensor([tokens])
-    active = torch.ones(1, dtype=torch.bool)
+
+    def step() -> None:
+        compiled.cache.seen_tokens.copy_(seen)
+        compiled.decode(ids)
+        seen.add_(1)
+
+    return step
+
+
+def plain_step(compiled: Any) -> Callable[[], object]:
+    """The same graph with plain static attention over as many slots, in a state of its own."""
+    program = compiled.program
+    inputs, states = inductor.decode_inputs(program), program.allocate()
+    decode = inductor.compile_graph(expand(program.decode, program.policy.decode_op, PLAIN, inputs), inputs)
+    flat = [tensor for state in states for tensor in state]
+    ids, seen, active = torch.zeros(1, 1, dtype=torch.int64), torch.tensor([0]), torch.ones(1, dtype=torch.bool)
+    for state in states:
+        fill(state)
 
     @torch.no_grad()
     def step() -> None:
-        decode(ids, seen, active, *state)
+        decode(ids, seen, active, *flat)
         seen.add_(1)
 
     return step
@@ -80,23 +98,16 @@ def measure(budgets: list[int], contexts: list[int], layers: int, dtype: torch.d
     info: dict[str, dict[str, object]] = {}
     for budget in budgets:
         compiled = zs.compile(model, zs.ZSMergeConfig(budget=budget))
-        program = compiled.program
-        inputs = inductor.decode_inputs(program)
-        plain = inductor.compile_graph(expand(program.decode, program.policy.decode_op, PLAIN, inputs), inputs)
-        for name, decode in (("zsmerge", compiled.decode_graph), ("plain static", plain)):
-            states = program.allocate()
-            for state in states:
-                fill(state)
-            flat = [tensor for state in states for tensor in state]
-            for tokens in contexts if name == "zsmerge" else contexts[:1]:
-                label = f"{name}, {budget + 1} slots" + (f", {tokens} seen" if name == "zsmerge" else "")
-                steps[label] = compiled_step(decode, flat, max(tokens, 2 * budget))
-                info[label] = {
-                    "kind": name,
-                    "slots": budget + 1,
-                    "tokens": tokens,
-                    "cache_bytes": sum(t.nbytes for t in flat),
-                }
+        for layer in range(layers):
+            fill(compiled.cache.flat[9 * layer : 9 * layer + 9])
+        shape = {"slots": budget + 1, "cache_bytes": compiled.cache.nbytes}
+        for tokens in [tokens for tokens in contexts if tokens > budget + 1]:  # before that, the cache is not full
+            label = f"zsmerge, {budget + 1} slots, {tokens} seen"
+            steps[label] = zsmerge_step(compiled, tokens)
+            info[label] = {"kind": "zsmerge", "tokens": tokens, **shape}
+        label = f"plain static, {budget + 1} slots"
+        steps[label] = plain_step(compiled)
+        info[label] = {"kind": "plain", "tokens": budget + 1, **shape}
     for tokens in contexts:
         label = f"transformers DynamicCache, {tokens} held"
         steps[label] = dynamic_cache_step(model, tokens)

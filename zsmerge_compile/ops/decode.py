@@ -47,7 +47,7 @@ def step(state: State, query: Tensor, key: Tensor, value: Tensor, seen: Tensor, 
         weight = torch.where(at + 1 - position < rule.window, weight, 0.0)
         score = torch.where(weight > 0, score, 0.0)
     moves = find_moves(weight, score, position, entering, at, rule)
-    move(state, State(state.key, state.value, weight, score, position, *state[5:]), key, value, moves, alive_row, rule)
+    move(state, State(state.key, state.value, weight, score, position, *state[5:]), key, value, moves, alive_row)
     return out
 
 
@@ -103,7 +103,7 @@ def find_moves(weight: Tensor, score: Tensor, position: Tensor, entering: Tensor
     return Moves(entering, leaving, leaves, place, leaves & (lowest <= score.gather(2, leaving)))
 
 
-def move(old: State, now: State, key: Tensor, value: Tensor, moves: Moves, alive_row: Tensor, rule: Rule) -> None:
+def move(old: State, now: State, key: Tensor, value: Tensor, moves: Moves, alive_row: Tensor) -> None:
     """Carry out the moves of one step on `old`, in place; `now` has this step's weights, scores and positions."""
     place = moves.leaving if moves.place is None else moves.place
     stays = torch.cat([moves.leaving, place], 2)  # the two tokens one of which is the victim

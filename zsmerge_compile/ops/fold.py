@@ -116,6 +116,8 @@ def absorb(residual: Residual, victims: Tokens, merge: str) -> Residual:
     if residual.weight.shape[2] == 0:
         return residual
     arrivals = segments(victims, residual.weight.shape[2]) if merge == "segment" else singly(victims)
+    if merge == "segment" and not bool((residual.weight > 0).any()):
+        return opened_at_once(residual, arrivals)
     for i in range(arrivals.weight.shape[2]):
         residual = absorb_one(residual, Residual(*(t[:, :, i : i + 1] for t in arrivals)))
     return residual
@@ -154,6 +156,18 @@ def segments(victims: Tokens, residual: int) -> Residual:
     )
     mean_position = total(victims.position * victims.weight) / weight.clamp_min(1.0)
     return Residual(mean(victims.key), mean(victims.value), weight, total(victims.score), newest, mean_position, newest)
+
+
+def opened_at_once(residual: Residual, arrivals: Residual) -> Residual:
+    """What opening a free slot for each of R arrivals in turn comes to where all R slots are free."""
+    order = (
+        residual.opened.amax(2, keepdim=True)
+        + 1
+        + torch.arange(arrivals.weight.shape[2], device=arrivals.weight.device)
+    )
+    comes = arrivals.weight > 0
+    opened = torch.where(comes, order.to(torch.int32), residual.opened)
+    return arrivals._replace(opened=opened)
 
 
 def absorb_one(residual: Residual, arrival: Residual) -> Residual:

@@ -28,13 +28,24 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from zsmerge_compile.errors import CacheStateError, InputError, must
 from zsmerge_compile.runtime.handle import CacheHandle, to_the_right
 from zsmerge_compile.runtime.options import Options, check_options
 from zsmerge_compile.runtime.session import Session
+
+
+class _LastPosition(StoppingCriteria):
+    """Stops a row whose next token would have no position."""
+
+    def __init__(self, cache: Any, max_positions: int) -> None:
+        self._cache, self._max_positions = cache, max_positions
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        full: Tensor = self._cache.seen_tokens >= self._max_positions
+        return full.to(input_ids.device)
 
 
 class GenerateMixin(GenerationMixin):
@@ -49,6 +60,7 @@ class GenerateMixin(GenerationMixin):
     dtype: torch.dtype
     batch_size: int
     cache: Any  # its seen_tokens is [B]
+    max_positions: int | None = None  # tokens a row can hold
     changes: int = 0
 
     main_input_name = "input_ids"
@@ -80,6 +92,7 @@ class GenerateMixin(GenerationMixin):
         """transformers' `generate`, with its arguments and result, from an empty cache or from a returned one.
 
         inputs or input_ids: [B, T], B the batch compiled for (divided by num_return_sequences, where that is set).
+        A row also stops at the model's last position.
         past_key_values: what an earlier call on this model returned; the module's text tells how to continue.
 
         Raises InputError for what a compressed cache cannot do; the cache is then as it was.
@@ -160,6 +173,9 @@ class GenerateMixin(GenerationMixin):
         returned = options["num_return_sequences"] or 1
         handle = kwargs.get("past_key_values")
         ids, mask = inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("attention_mask")
+        for name, given in (("input_ids", ids), ("attention_mask", mask)):
+            if given is not None and not isinstance(given, Tensor):
+                raise InputError(must(name, "a tensor of shape [batch, length]", type(given).__name__))
         if ids is not None:
             if ids.dim() != 2 or ids.shape[1] == 0:
                 raise InputError(must("input_ids", "[batch, length] with at least one column", list(ids.shape)))
@@ -184,6 +200,8 @@ class GenerateMixin(GenerationMixin):
 
     def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
         criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+        if self.max_positions is not None:
+            criteria.append(_LastPosition(self.cache, self.max_positions))
         return criteria if self._session is None else self._session.watch(criteria, generation_config)
 
     @classmethod

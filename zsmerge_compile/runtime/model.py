@@ -39,6 +39,7 @@ class CompiledModel(GenerateMixin):
         self.config = getattr(model, "config", None)
         self.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
         self.device, self.dtype, self.batch_size = program.device, program.dtype, program.batch_size
+        self.max_positions = program.spec.max_positions
         self.cache = Cache(program)
         self.decode_graph = lowered.decode  # (token_ids, seen, active, *state) -> logits, without checks or bookkeeping
         self.prefill_graph = lowered.prefill
@@ -63,7 +64,7 @@ class CompiledModel(GenerateMixin):
                 logits = self.prefill_graph(ids, positions, slots, seen, pads, *self.cache.flat)
                 seen[slots] += ids.shape[1] - pads
             self._longest = max(self._longest, int(seen[slots].max()))
-            return self._finish(logits)
+        return self._finish(logits, slots)
 
     @torch.no_grad()
     def decode(self, token_ids: Tensor, active: Tensor | None = None) -> Tensor:
@@ -83,7 +84,7 @@ class CompiledModel(GenerateMixin):
         with self._writing(active):
             logits = self.decode_graph(token_ids.long(), seen, active, *self.cache.flat)
             seen += active
-            return self._finish(logits, active)
+        return self._finish(logits, torch.arange(self.batch_size, device=self.device), active)
 
     def reset(self, rows: Rows = None) -> None:
         """Empty all rows of the cache, or some; the others are not touched."""
@@ -135,13 +136,14 @@ class CompiledModel(GenerateMixin):
             self.cache.mark_broken(rows.nonzero().flatten().tolist() if isinstance(rows, Tensor) else rows)
             raise
 
-    def _finish(self, logits: Tensor, active: Tensor | None = None) -> Tensor:
-        """The logits, looked at for NaN in (active) rows where asked to."""
+    def _finish(self, logits: Tensor, rows: Tensor, active: Tensor | None = None) -> Tensor:
+        """The logits [b, vocab] of `rows` [b]; where asked to look, NaN in them breaks the (active) rows it is in."""
         if self._check_nan:
             bad = logits.isnan().any(-1)
-            bad = bad if active is None else bad & active
-            if bool(bad.any()):
-                raise CacheStateError(must("logits", "numbers", f"NaN in rows {bad.nonzero().flatten().tolist()}"))
+            broken = rows[bad if active is None else bad & active].tolist()
+            if broken:
+                self.cache.mark_broken(broken)
+                raise CacheStateError(must("logits", "numbers", f"NaN in rows {broken}", f"reset(rows={broken})"))
         return logits
 
 
