@@ -20,6 +20,7 @@ from zsmerge_compile.config import ZSMergeConfig
 from zsmerge_compile.lower import inductor
 from zsmerge_compile.ops.state import State
 from zsmerge_compile.runtime.model import CompiledModel
+from zsmerge_compile.testing.tolerance import HALF_FACTOR
 
 BATCH = 3
 
@@ -91,5 +92,32 @@ def test_inductor_equals_eager(name: str, settings: dict[str, Any], monkeypatch:
     ours, theirs = (compile(model, config, BATCH, backend) for backend in ("inductor", "eager"))
     assert len(compilations) == 2, "one prefill graph and one decode graph"
     assert_equal_over_a_session(ours, theirs, steps=60)
+    x = prompt(BATCH, 20, pads=(0, 4, 11), seed=3)
+    options = dict(attention_mask=x["attention_mask"], max_new_tokens=12, do_sample=False, pad_token_id=0)
+    assert torch.equal(*(side.generate(x["input_ids"], **options) for side in (ours, theirs)))
     assert_compiles_no_more(ours)
     assert len(compilations) == 2
+
+
+def test_half_precision_at_full_budget_is_as_close_as_transformers_is_to_itself() -> None:
+    """bf16: over a prompt and 20 steps, at most twice what sdpa and eager attention of the same model differ by."""
+    dtype, x = torch.bfloat16, prompt(2, 40, pads=(0, 7))
+    sdpa, eager = (tiny("llama-gqa", dtype, attn) for attn in ("sdpa", "eager"))
+    compiled = compile(sdpa, ZSMergeConfig(64), 2, "inductor")
+    ids, mask = x["input_ids"], x["attention_mask"]
+    noise = ours = 0.0
+    logits = compiled.prefill(ids, mask)
+    for _ in range(20):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        given = dict(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        with torch.no_grad():
+            expected, other = (model(**given).logits[:, -1].float() for model in (sdpa, eager))
+        noise, ours = max(noise, _apart(expected, other)), max(ours, _apart(expected, logits.float()))
+        token = expected.argmax(-1, keepdim=True)
+        logits = compiled.decode(token)
+        ids, mask = torch.cat([ids, token], 1), torch.cat([mask, torch.ones_like(token)], 1)
+    assert 0 < ours <= HALF_FACTOR * noise
+
+
+def _apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max())

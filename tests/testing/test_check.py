@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -241,6 +243,17 @@ def test_without_hypothesis(monkeypatch: Patch) -> None:
     monkeypatch.setitem(sys.modules, "hypothesis", None)
     with pytest.raises(MissingBackendError, match=re.escape("pip install zsmerge-compile[test]")):
         check_equivalence(tiny("llama-gqa"))
+
+
+def test_it_leaves_no_folder_behind(tmp_path: Path) -> None:
+    code = (
+        "from zsmerge_compile.testing import check, cases\n"
+        "sizes = cases.Sizes(48, 8, 24, (1, 3))\n"
+        "check._hypothesis_runs(lambda case: None, cases.cases('full budget', sizes), 5, 0)\n"
+    )
+    path = str(Path(zs.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, check=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_importing_it_is_cheap() -> None:

@@ -61,7 +61,7 @@ class CompiledModel(GenerateMixin):
             for ids, pads in _chunks(prompt, self._chunk):
                 columns = torch.arange(ids.shape[1], device=self.device)
                 positions = (seen[slots][:, None] + columns - pads[:, None]).clamp_min(0)
-                logits = self.prefill_graph(ids, positions, slots, seen, pads, *self.cache.flat)
+                logits = self.prefill_graph(ids.contiguous(), positions, slots, seen, pads, *self.cache.flat)
                 seen[slots] += ids.shape[1] - pads
             self._longest = max(self._longest, int(seen[slots].max()))
         return self._finish(logits, slots)
@@ -82,7 +82,8 @@ class CompiledModel(GenerateMixin):
         self._check_room(active)
         seen = self.cache.seen_tokens
         with self._writing(active):
-            logits = self.decode_graph(token_ids.long(), seen, active, *self.cache.flat)
+            # contiguous: compiled code rests on strides, and callers cut tokens out of larger tensors
+            logits = self.decode_graph(token_ids.long().contiguous(), seen, active.contiguous(), *self.cache.flat)
             seen += active
         return self._finish(logits, torch.arange(self.batch_size, device=self.device), active)
 

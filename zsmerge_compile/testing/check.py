@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -112,7 +114,22 @@ def _hypothesis_runs(attempt: Callable[[Case], None], strategy: Any, max_example
         print_blob=False,
         verbosity=hypothesis.Verbosity.quiet,
     )
-    hypothesis.seed(seed)(chosen(hypothesis.given(strategy)(attempt)))()
+    with _no_folder_left_behind():
+        hypothesis.seed(seed)(chosen(hypothesis.given(strategy)(attempt)))()
+
+
+@contextmanager
+def _no_folder_left_behind() -> Iterator[None]:
+    """Without an example database hypothesis would still write a `.hypothesis` where the user happens to be."""
+    from hypothesis import configuration
+
+    given = getattr(configuration, "__hypothesis_home_directory", None)
+    with tempfile.TemporaryDirectory() as folder:
+        configuration.set_hypothesis_home_dir(folder)
+        try:
+            yield
+        finally:
+            configuration.set_hypothesis_home_dir(given)
 
 
 def _message(subject: Subject, mismatch: Mismatch) -> str:

@@ -31,7 +31,8 @@ class Recorder(fx.Interpreter):
         return result
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        logits: Tensor = self.run(*inputs)
+        result: Any = self.run(*inputs)
+        logits: Tensor = result if isinstance(result, Tensor) else result[0]  # a compiler may have made it a tuple
         return logits
 
 
