@@ -175,3 +175,17 @@ def test_prefill_makes_no_square_buffer(name: str, pads: int) -> None:
     block = 1024 * (columns + budget + 1) * 4  # BLOCK_ROWS rows of fp32 attention
     assert memory.largest <= block
     assert memory.largest < columns * columns * 4
+
+
+def test_budgets_per_layer_are_kept_apart() -> None:
+    model = tiny("llama-gqa")
+    compiled = zs.compile(model, zs.ZSMergeConfig(budget=[6, 30]), backend="eager")
+    assert [layer.key.shape[2] for layer in compiled.cache.layers] == [7, 31]
+    assert [(x.proximity, x.context, x.residual) for x in compiled.report.layouts] == [(3, 2, 1), (15, 14, 1)]
+    compiled.prefill(prompt(1, 25)["input_ids"])
+    assert [int((layer.weight > 0).sum(-1).max()) for layer in compiled.cache.layers] == [6, 25]
+
+
+def test_a_budget_may_be_a_share_of_a_length() -> None:
+    assert zs.ZSMergeConfig.from_ratio(0.05, length=40_960, alpha=1.0) == zs.ZSMergeConfig(budget=2048, alpha=1.0)
+    assert zs.ZSMergeConfig.from_ratio(0.05, length=10).budget == 3
