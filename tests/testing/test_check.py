@@ -251,7 +251,7 @@ def test_it_leaves_no_folder_behind(tmp_path: Path) -> None:
         "sizes = cases.Sizes(48, 8, 24, (1, 3))\n"
         "check._hypothesis_runs(lambda case: None, cases.cases('full budget', sizes), 5, 0)\n"
     )
-    path = str(Path(zs.__file__).parents[1])
+    path = os.pathsep.join([str(Path(zs.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, check=True)
     assert list(tmp_path.iterdir()) == []
 
