@@ -107,8 +107,13 @@ class _Graph:
         self._dump(name)
 
     def _dump(self, name: str) -> None:
-        folder = os.environ.get("ZSMERGE_DUMP")
-        if folder:
-            path = Path(folder) / self.name / f"{len(self.counts):02d}_{name}.py"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self.module.print_readable(print_output=False))
+        dump(self.name, len(self.counts), name, self.module)
+
+
+def dump(graph: str, number: int, name: str, module: fx.GraphModule) -> None:
+    """Write `graph` ("prefill" or "decode") as it is after pass `name` to $ZSMERGE_DUMP, if that is set."""
+    folder = os.environ.get("ZSMERGE_DUMP")
+    if folder:
+        path = Path(folder) / graph / f"{number:02d}_{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(module.print_readable(print_output=False))

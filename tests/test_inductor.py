@@ -71,15 +71,17 @@ def _made() -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"),
+    ("name", "settings", "outline"),
     [
-        ("llama-gqa", {}),
-        ("mistral-w8", dict(prefill="chunked", chunk=8)),
-        ("falcon-new", dict(merge="sequential")),
-        ("falcon-rw", {}),
+        ("llama-gqa", {}, True),
+        ("mistral-w8", dict(prefill="chunked", chunk=8), False),
+        ("falcon-new", dict(merge="sequential"), True),
+        ("falcon-rw", {}, False),
     ],
 )
-def test_inductor_equals_eager(name: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inductor_equals_eager(
+    name: str, settings: dict[str, Any], outline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compilations: list[Any] = []
     compile_graph = inductor.compile_graph
 
@@ -89,14 +91,16 @@ def test_inductor_equals_eager(name: str, settings: dict[str, Any], monkeypatch:
 
     monkeypatch.setattr(inductor, "compile_graph", counted)
     model, config = tiny(name), ZSMergeConfig(12, residual=2, **settings)
-    ours, theirs = (compile(model, config, BATCH, backend) for backend in ("inductor", "eager"))
-    assert len(compilations) == 2, "one prefill graph and one decode graph"
+    ours = compile(model, config, BATCH, "inductor", outline=outline)
+    theirs = compile(model, config, BATCH, "eager")
+    expected = 6 if outline else 2
+    assert len(compilations) == expected, "a prefill graph and a decode graph, or head, body and tail of each"
     assert_equal_over_a_session(ours, theirs, steps=60)
     x = prompt(BATCH, 20, pads=(0, 4, 11), seed=3)
     options = dict(attention_mask=x["attention_mask"], max_new_tokens=12, do_sample=False, pad_token_id=0)
     assert torch.equal(*(side.generate(x["input_ids"], **options) for side in (ours, theirs)))
     assert_compiles_no_more(ours)
-    assert len(compilations) == 2
+    assert len(compilations) == expected
 
 
 def test_half_precision_at_full_budget_is_as_close_as_transformers_is_to_itself() -> None:

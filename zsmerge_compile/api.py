@@ -28,6 +28,7 @@ def compile(
     backend: str = "inductor",
     *,
     check_nan: bool = False,
+    outline: bool | None = None,
 ) -> CompiledModel:
     """Compile a causal LM with a cache of `config.budget` slots per key/value head and layer.
 
@@ -36,11 +37,13 @@ def compile(
     batch_size  rows of the cache; each has its own length and can be reset and refilled alone
     backend     "inductor" (compiled), "eager" (the reference, node by node) or "tensorrt" (not built yet)
     check_nan   look for NaN in all logits (costs a synchronisation per call on a GPU)
+    outline     "inductor" only: compile layers that are alike once, so that compile time hardly grows with the depth;
+                None decides by the number of layers
 
     Raises ConfigError, UnsupportedModelError, UnsupportedGraphError, UnsupportedMaskError or MissingBackendError.
     """
     started = time.perf_counter()
-    _check_arguments(model, config, batch_size, backend)
+    _check_arguments(model, config, batch_size, backend, outline)
     spec = spec_for(model)
     config.layer_budgets(spec.num_layers)
     captured = capture(model, spec, batch_size)
@@ -55,7 +58,8 @@ def compile(
         dtype=parameter.dtype,
         device=parameter.device,
     )
-    lowered: Lowered = import_module(f"zsmerge_compile.lower.{backend}").lower(program)
+    options = {} if outline is None else {"outline": outline}
+    lowered: Lowered = import_module(f"zsmerge_compile.lower.{backend}").lower(program, **options)
     report = Report(
         model=type(model).__name__,
         policy=policy.name,
@@ -73,7 +77,7 @@ def compile(
     )
 
 
-def _check_arguments(model: object, config: object, batch_size: object, backend: object) -> None:
+def _check_arguments(model: object, config: object, batch_size: object, backend: object, outline: object) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(must("model", "a torch.nn.Module", type(model).__name__))
     if not isinstance(config, ZSMergeConfig):
@@ -84,3 +88,5 @@ def _check_arguments(model: object, config: object, batch_size: object, backend:
         raise MissingBackendError(must("backend", f"one of {', '.join(BACKENDS)}", repr(backend)))
     if backend == "tensorrt":
         raise MissingBackendError(must("backend", "eager or inductor", "tensorrt, which is not built yet"))
+    if outline not in (None, True, False) or (outline is not None and backend != "inductor"):
+        raise ConfigError(must("outline", 'None, or True or False with backend="inductor"', repr(outline)))

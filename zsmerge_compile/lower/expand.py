@@ -22,6 +22,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from zsmerge_compile.lower.kernels import Kernel
+from zsmerge_compile.passes.graph import attribute
 
 
 def expand(gm: fx.GraphModule, op: Any, kernel: Kernel, inputs: list[Tensor]) -> fx.GraphModule:
@@ -29,12 +30,10 @@ def expand(gm: fx.GraphModule, op: Any, kernel: Kernel, inputs: list[Tensor]) ->
 
     inputs: fake tensors, one for each placeholder, of the shapes the graph is compiled for.
     """
-    expanded = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    for node, fake in zip(expanded.graph.find_nodes(op="placeholder"), inputs, strict=True):
-        node.meta["val"] = fake
+    expanded = annotated(gm, inputs)
     bodies: dict[Any, fx.GraphModule] = {}
     for node in expanded.graph.find_nodes(op="call_function", target=op):
-        tensors = [_fake(expanded, used) for used in node.all_input_nodes]
+        tensors = [used.meta["val"] for used in node.all_input_nodes]
         places = tuple(_place(node, argument) for argument in node.args)
         key = (places, tuple((t.shape, t.stride(), t.dtype) for t in tensors))
         if key not in bodies:
@@ -44,14 +43,15 @@ def expand(gm: fx.GraphModule, op: Any, kernel: Kernel, inputs: list[Tensor]) ->
     return expanded
 
 
-def _fake(gm: fx.GraphModule, node: fx.Node) -> Tensor:
-    if "val" in node.meta:
-        return node.meta["val"]
-    tensor: Any = gm
-    for name in str(node.target).split("."):
-        tensor = getattr(tensor, name)
-    mode = next(n.meta["val"].fake_mode for n in gm.graph.nodes if isinstance(n.meta.get("val"), Tensor))
-    return mode.from_tensor(tensor, static_shapes=True)
+def annotated(gm: fx.GraphModule, inputs: list[Tensor]) -> fx.GraphModule:
+    """A copy of the graph (its parameters shared) whose placeholders and attributes carry their fakes, as nodes do."""
+    copied = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    for node, fake in zip(copied.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        node.meta["val"] = fake
+    mode = next(fake.fake_mode for fake in inputs if hasattr(fake, "fake_mode"))
+    for node in copied.graph.find_nodes(op="get_attr"):
+        node.meta["val"] = mode.from_tensor(attribute(copied, str(node.target)), static_shapes=True)
+    return copied
 
 
 def _place(node: fx.Node, argument: Any) -> tuple[str, Any]:

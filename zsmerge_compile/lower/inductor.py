@@ -6,7 +6,8 @@ never recompile. A cache op with a kernel is expanded to it (`expand`), and its 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -14,23 +15,53 @@ from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from zsmerge_compile.lower import kernels
-from zsmerge_compile.lower.expand import expand
+from zsmerge_compile.lower.expand import annotated, expand
+from zsmerge_compile.lower.kernels import Kernel
 from zsmerge_compile.lower.lowered import Lowered
+from zsmerge_compile.lower.stages import Stages
+from zsmerge_compile.passes.outline_layers import outline_layers
+from zsmerge_compile.passes.pipeline import dump
 from zsmerge_compile.program import Program
 
-
-def lower(program: Program) -> Lowered:
-    """Compile both graphs; returns when the code is ready."""
-    prefill, extend_kernel = _compile(program, program.prefill, program.policy.extend_op, prefill_inputs(program))
-    decode, decode_kernel = _compile(program, program.decode, program.policy.decode_op, decode_inputs(program))
-    return Lowered(prefill, decode, {"decode": decode_kernel, "extend": extend_kernel})
+DEEP = 4  # layers from which compiling one of them alone pays
 
 
-def _compile(program: Program, gm: fx.GraphModule, op: Any, inputs: list[Tensor]) -> tuple[Any, str]:
+def lower(program: Program, outline: bool | None = None) -> Lowered:
+    """Compile both graphs; returns when the code is ready.
+
+    outline: compile layers that are alike once (`passes/outline_layers.py`); None: where the model is deep enough.
+    """
+    if outline is None:
+        outline = len(program.layouts) >= DEEP
+    prefill = _compile(program, "prefill", program.policy.extend_op, prefill_inputs(program), outline)
+    decode = _compile(program, "decode", program.policy.decode_op, decode_inputs(program), outline)
+    parts = {"prefill": prefill.parts, "decode": decode.parts}
+    return Lowered(prefill.run, decode.run, {"decode": decode.kernel, "extend": prefill.kernel}, parts)
+
+
+class _Compiled(NamedTuple):
+    run: Callable[..., Tensor]
+    kernel: str
+    parts: int  # how many graphs were compiled for it
+
+
+def _compile(program: Program, name: str, op: Any, inputs: list[Tensor], outline: bool) -> _Compiled:
     kernel = kernels.choose(op, program.device.type)
-    if kernel is None:
-        return compile_graph(gm, inputs), f"{op} (one opaque call)"
-    return compile_graph(expand(gm, op, kernel, inputs), inputs), kernel.name
+    label = f"{op} (one opaque call)" if kernel is None else kernel.name
+    gm = annotated(getattr(program, name), inputs)
+    outlined = outline_layers(gm, op) if outline else None
+    if outlined is None:
+        return _Compiled(_compile_part(gm, op, kernel), label, 1)
+    dump(name, len(program.counts[name]) + 1, "outline_layers", outlined)
+    targets = dict.fromkeys(str(call.target) for call in outlined.graph.find_nodes(op="call_module"))
+    parts = {target: _compile_part(outlined.get_submodule(target), op, kernel) for target in targets}
+    return _Compiled(Stages(outlined, parts), label, len(parts))
+
+
+def _compile_part(gm: Any, op: Any, kernel: Kernel | None) -> Any:
+    """A graph whose placeholders carry their fakes."""
+    inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
+    return compile_graph(gm if kernel is None else expand(gm, op, kernel, inputs), inputs)
 
 
 def decode_inputs(program: Program) -> list[Tensor]:
@@ -53,7 +84,7 @@ def prefill_inputs(program: Program) -> list[Tensor]:
 
 
 def compile_graph(gm: fx.GraphModule, inputs: list[Tensor]) -> Any:
-    """AOTAutograd and Inductor on a traced graph."""
+    """AOTAutograd and Inductor on a traced graph; the result is called with its inputs, one by one."""
     with torch.no_grad():
         return compile_fx(gm, inputs)
 
