@@ -1,4 +1,4 @@
-"""A graph of calls (`passes/outline_layers.py`) as a plain list of them: what runs between two compiled parts is short."""
+"""A graph of calls (`passes/outline_layers.py`) as a plain list of them, run one after the other."""
 
 from __future__ import annotations
 
