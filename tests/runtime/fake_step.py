@@ -3,7 +3,6 @@
 It holds each row's tokens in a list, so a test can read what reached the cache.
 """
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +23,11 @@ class FakeStep(GenerateMixin):
 
     @property
     def cache(self) -> Any:
-        return SimpleNamespace(seen_tokens=torch.tensor([len(row) for row in self.tokens], device=self.device))
+        return self
+
+    @property
+    def seen_tokens(self) -> Tensor:
+        return torch.tensor([len(row) for row in self.tokens], device=self.device)
 
     def check_prompt(self, input_ids: Tensor, attention_mask: Tensor | None, *, empty: bool) -> None:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()

@@ -1,9 +1,12 @@
 """transformers' own `generate`, driving a compiled step.
 
 `GenerateMixin` gives a class with prefill, decode and reset the whole of transformers' generate (sampling, logits
-processors, stopping criteria, streamers) by these hooks (tested with transformers 5.17 and 5.23):
+processors, stopping criteria, streamers) by these hooks (tested with transformers 5.17 and 5.24):
 
-- `generate`                         refuses what a compressed cache cannot do, before anything is written
+- `generate`                         refuses what a compressed cache cannot do, before anything is written; keeps the
+                                     handle to itself: its argument has two names
+- `custom_generate`                  where nobody has a say after each token, transformers prepares the call and our own
+                                     loop (loop.py) makes the tokens; else transformers' loop does, by the next two
 - `_supports_default_dynamic_cache`  False: transformers then makes no cache of its own
 - `prepare_inputs_for_generation`    called before every step with all columns so far: the first time they are the
                                      prompt, after that the last column is fed, with the rows that are active
@@ -24,28 +27,24 @@ result is that of a new call with the same columns and mask. The attention_mask 
 last column; left out, the pads written after a row's stop count as pads.
 """
 
+import dataclasses
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from zsmerge_compile.errors import CacheStateError, InputError, must
 from zsmerge_compile.runtime.handle import CacheHandle, to_the_right
-from zsmerge_compile.runtime.options import Options, check_options
+from zsmerge_compile.runtime.loop import Wanted, decode_loop
+from zsmerge_compile.runtime.options import Options, by_name, check_options, take_handle, wants_each_token
 from zsmerge_compile.runtime.session import Session
+from zsmerge_compile.runtime.stopping import LastPosition, stops_of
 
-
-class _LastPosition(StoppingCriteria):
-    """Stops a row whose next token would have no position."""
-
-    def __init__(self, cache: Any, max_positions: int) -> None:
-        self._cache, self._max_positions = cache, max_positions
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        full: Tensor = self._cache.seen_tokens >= self._max_positions
-        return full.to(input_ids.device)
+# what transformers calls the handle in its outputs
+_HANDLE = next(f.name for f in dataclasses.fields(CausalLMOutputWithPast) if f.name in ("past_key_values", "cache"))
 
 
 class GenerateMixin(GenerationMixin):
@@ -84,6 +83,10 @@ class GenerateMixin(GenerationMixin):
     def reset(self, rows: list[int] | None = None) -> None:
         raise NotImplementedError
 
+    def step(self, token_ids: Tensor, active: Tensor) -> Tensor:
+        """A decode of tokens known to be good, in rows known to have room: a class may leave out its checks."""
+        return self.decode(token_ids, active)
+
     def check_prompt(self, input_ids: Tensor, attention_mask: Tensor | None, *, empty: bool) -> None:
         """Raises what prefill would raise for this prompt, into an empty cache or the current one; writes nothing."""
         raise NotImplementedError
@@ -102,50 +105,68 @@ class GenerateMixin(GenerationMixin):
         if self.generation_config is None:
             hint = "drive prefill and decode yourself"
             raise InputError(must("the compiled model", "of a transformers class to generate", "another class", hint))
-        handle = self._check_call(inputs, generation_config, kwargs)
-        self._session = session = Session(handle, kwargs.get("attention_mask"))
+        arguments = by_name(inputs, generation_config, *args, **kwargs)
+        options = Options(arguments, generation_config, self.generation_config)
+        check_options(options)
+        handle = self._check_call(arguments, take_handle(arguments), options["num_return_sequences"] or 1)
+        if not wants_each_token(options):
+            arguments["custom_generate"] = type(self)._own_loop
+        self._session = session = Session(handle, arguments.get("attention_mask"))
         try:
-            result = super().generate(inputs, generation_config, *args, **kwargs)
+            result = super().generate(**arguments)
         finally:
             self._session = None
         session.end(self.cache.seen_tokens, self.changes)
         self._handle = handle
         return result
 
+    def _own_loop(
+        self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any
+    ) -> Any:
+        """transformers' `_sample` for this class: the same arguments, and equal results."""
+        config, session, stops = generation_config, self._session, stops_of(stopping_criteria)
+        if session is None or stops is None or input_ids.device != self.device:
+            return self._sample(input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+        logits = self._prefill_columns(session, input_ids, kwargs.get("attention_mask"))
+        keep = [bool(config.return_dict_in_generate and on) for on in (config.output_scores, config.output_logits)]
+        wanted = Wanted(stops, logits_processor, config.do_sample, config._pad_token_tensor, *keep)
+        made = decode_loop(self.step, self.cache, input_ids, logits, wanted)
+        session.generated(made.columns, made.sampled)
+        if not config.return_dict_in_generate:
+            return made.columns
+        answer = {"sequences": made.columns, "scores": made.scores, "logits": made.logits, _HANDLE: session.handle}
+        return GenerateDecoderOnlyOutput(**answer)
+
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: CacheHandle | None = None,
         active: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
         """One step of generate: a decode of the rows in `active` [B], or the prefill where there is none."""
-        if self._session is None:
+        session = self._session
+        if session is None:
             raise InputError("a compiled model must be called by generate; prefill and decode are its steps")
         if active is None:
-            logits = self._prefill_columns(self._session, input_ids, attention_mask)
+            logits = self._prefill_columns(session, input_ids, attention_mask)
         else:  # an inactive row's logits are undefined, and a NaN there would fail the sampling of the others
             logits = self.decode(input_ids, active).masked_fill(~active[:, None], 0.0)
-        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=past_key_values)
+        return CausalLMOutputWithPast(**{"logits": logits[:, None], _HANDLE: session.handle})
 
     __call__ = forward
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        past_key_values: CacheHandle | None = None,
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """What forward is given; `input_ids` [B, K] are all columns of this call so far."""
         session = self._session
         if session is None:
             raise InputError("prepare_inputs_for_generation must be called by generate")
         if not session.started:
-            return {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": session.handle}
+            return {"input_ids": input_ids, "attention_mask": attention_mask}
         tokens = input_ids[:, -1:].to(self.device).masked_fill(~session.active[:, None], 0)  # a pad may be any number
-        return {"input_ids": tokens, "past_key_values": session.handle, "active": session.active}
+        return {"input_ids": tokens, "active": session.active}
 
     def _prefill_columns(self, session: Session, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Feeds what the cache does not hold of the columns `ids` [B, T]: logits [B, vocab]."""
@@ -166,13 +187,10 @@ class GenerateMixin(GenerationMixin):
         session.begin(ids, every)
         return logits
 
-    def _check_call(self, inputs: Tensor | None, generation_config: Any, kwargs: dict[str, Any]) -> CacheHandle:
-        """Refuses the call, or names the handle it goes on from: a new one unless past_key_values was given."""
-        options = Options(kwargs, generation_config, self.generation_config)
-        check_options(options)
-        returned = options["num_return_sequences"] or 1
-        handle = kwargs.get("past_key_values")
-        ids, mask = inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("attention_mask")
+    def _check_call(self, arguments: dict[str, Any], handle: Any, returned: int) -> CacheHandle:
+        """Refuses the call, or names the handle it goes on from: a new one unless one was given."""
+        ids, mask = arguments.get("inputs"), arguments.get("attention_mask")
+        ids = arguments.get("input_ids") if ids is None else ids
         for name, given in (("input_ids", ids), ("attention_mask", mask)):
             if given is not None and not isinstance(given, Tensor):
                 raise InputError(must(name, "a tensor of shape [batch, length]", type(given).__name__))
@@ -201,7 +219,7 @@ class GenerateMixin(GenerationMixin):
     def _get_stopping_criteria(self, generation_config: Any, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
         criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
         if self.max_positions is not None:
-            criteria.append(_LastPosition(self.cache, self.max_positions))
+            criteria.append(LastPosition(self.cache, self.max_positions))
         return criteria if self._session is None else self._session.watch(criteria, generation_config)
 
     @classmethod

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from zsmerge_compile.lower.lowered import Lowered
 from zsmerge_compile.program import Program
 from zsmerge_compile.runtime import inputs
 from zsmerge_compile.runtime.generate import GenerateMixin
+from zsmerge_compile.runtime.graphs import DirectStep, RecordedStep, Recorder, recorder_for
 from zsmerge_compile.runtime.report import Report
 
 Rows = Iterable[int] | Tensor | None
@@ -31,11 +34,18 @@ class CompiledModel(GenerateMixin):
     """
 
     def __init__(
-        self, model: nn.Module, program: Program, lowered: Lowered, report: Report, chunk: int | None, check_nan: bool
+        self,
+        model: nn.Module,
+        program: Program,
+        lowered: Lowered,
+        report: Report,
+        chunk: int | None,
+        check_nan: bool,
+        record: Recorder | None = None,
     ) -> None:
+        """record: how the decode step is recorded; None: as a CUDA graph on a GPU, elsewhere not at all."""
         self.model: Any = model
         self.program = program
-        self.report = report
         self.config = getattr(model, "config", None)
         self.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
         self.device, self.dtype, self.batch_size = program.device, program.dtype, program.batch_size
@@ -46,6 +56,16 @@ class CompiledModel(GenerateMixin):
         self._chunk = chunk
         self._check_nan = check_nan
         self._longest = 0  # tokens in the fullest row, or more: known without asking the device
+        self._numbers = torch.arange(self.batch_size, device=self.device)
+        self._all_rows = torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
+        started = time.perf_counter()
+        self._step = self._steps(record or recorder_for(self.device, report.backend))
+        kernels, seconds = report.kernels | {"step": self._step.how}, time.perf_counter() - started
+        self.report = replace(report, kernels=kernels, compile_seconds=report.compile_seconds + seconds)
+
+    def _steps(self, record: Recorder | None) -> DirectStep | RecordedStep:
+        step = DirectStep(self.decode_graph, self.cache.seen_tokens, self.cache.flat)
+        return step if record is None else RecordedStep(step, self.cache.seen_tokens, record)
 
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, attention_mask: Tensor | None = None, rows: Rows = None) -> Tensor:
@@ -76,16 +96,20 @@ class CompiledModel(GenerateMixin):
         spec = self.program.spec
         inputs.check_tokens(token_ids, batch_size=self.batch_size, vocab_size=spec.vocab_size, device=self.device)
         if active is None:
-            active = torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
+            active = self._all_rows
         inputs.check_active(active, self.batch_size, self.device)
         self._require_valid(active)
         self._check_room(active)
-        seen = self.cache.seen_tokens
+        # contiguous: compiled code rests on strides, and callers cut tokens out of larger tensors
+        return self.step(token_ids.long().contiguous(), active.contiguous())
+
+    @torch.no_grad()
+    def step(self, token_ids: Tensor, active: Tensor) -> Tensor:
+        """decode without its checks: int64 tokens and rows that the loop of generate knows to be good."""
+        self._longest += 1
         with self._writing(active):
-            # contiguous: compiled code rests on strides, and callers cut tokens out of larger tensors
-            logits = self.decode_graph(token_ids.long().contiguous(), seen, active.contiguous(), *self.cache.flat)
-            seen += active
-        return self._finish(logits, torch.arange(self.batch_size, device=self.device), active)
+            logits = self._step(token_ids, active)
+        return self._finish(logits, self._numbers, active)
 
     def reset(self, rows: Rows = None) -> None:
         """Empty all rows of the cache, or some; the others are not touched."""
@@ -125,7 +149,6 @@ class CompiledModel(GenerateMixin):
             seen = self.cache.seen_tokens
             inputs.check_positions([int((seen + active).max())], limit)
             self._longest = int(seen.max())
-        self._longest += 1
 
     @contextmanager
     def _writing(self, rows: list[int] | Tensor) -> Iterator[None]:

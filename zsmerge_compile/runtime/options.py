@@ -1,6 +1,9 @@
-"""Options of transformers' generate that a compiled model refuses."""
+"""Arguments of transformers' generate: which a compiled model refuses, and which make it look at each token."""
 
+import inspect
 from typing import Any
+
+from transformers import GenerationMixin
 
 from zsmerge_compile.errors import InputError, must
 
@@ -23,7 +26,7 @@ _ONLY: dict[str, tuple[tuple[object, ...], str]] = {
     "guidance_scale": ((1,), "classifier-free guidance would need a second cache"),
     "negative_prompt_ids": ((), "classifier-free guidance would need a second cache"),
     "token_healing": ((False,), "it calls generate within generate"),
-    "custom_generate": ((), "the loop is transformers' own"),
+    "custom_generate": ((), "the loop is this package's own, or transformers'"),
     "use_cache": ((True,), _ONE_CACHE),
     "cache_implementation": ((), _ONE_CACHE),
     "prefill_chunk_size": ((), 'compile with ZSMergeConfig(prefill="chunked") for a prompt fed in chunks'),
@@ -32,6 +35,35 @@ _ONLY: dict[str, tuple[tuple[object, ...], str]] = {
     "inputs_embeds": ((), "pass input_ids"),
     "position_ids": ((), "positions follow the attention_mask"),
 }
+
+
+# what lets a caller see or judge each token as it comes; their absence is None, False or an empty list
+_EACH_TOKEN = (
+    "streamer",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "stop_strings",
+    "max_time",
+    "synced_gpus",
+)
+_HANDLES = ("past_key_values", "cache")  # transformers' older and newer name of one thing
+_GENERATE = inspect.signature(GenerationMixin.generate)
+
+
+def by_name(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call of generate, positional ones included, without the model."""
+    arguments = dict(_GENERATE.bind(None, *args, **kwargs).arguments)
+    del arguments["self"]
+    return arguments | arguments.pop("kwargs", {})
+
+
+def take_handle(arguments: dict[str, Any]) -> Any:
+    """Takes the handle to continue from out of the arguments, under either of its names; raises InputError for two."""
+    given = [value for value in (arguments.pop(name, None) for name in _HANDLES) if value is not None]
+    if len(given) == 2 and given[0] is not given[1]:
+        raise InputError(must("past_key_values", "given once", "past_key_values and cache"))
+    return given[0] if given else None
 
 
 class Options:
@@ -52,3 +84,9 @@ def check_options(options: Options) -> None:
         if value is not None and value not in accepted:
             shown = value if isinstance(value, str | int | float) else type(value).__name__
             raise InputError(must(name, accepted[0] if accepted else "None", shown, why))
+
+
+def wants_each_token(options: Options) -> bool:
+    """Whether the caller, or a clock, has a say after every token."""
+    values = [options[name] for name in _EACH_TOKEN]
+    return any(value is not None and value is not False and value != [] for value in values)

@@ -15,8 +15,8 @@ class Report:
     passes           graph ("prefill", "decode") -> pass -> rewrites
     sites, layouts   one per attention layer
     cache_bytes      bytes of the cache for `batch_size` rows
-    compile_seconds  tracing, passes and lowering together
-    kernels          cache op -> what runs it
+    compile_seconds  tracing, passes, lowering and recording the step together
+    kernels          cache op -> what runs it; "step" -> "one CUDA graph" or "called directly"
     """
 
     model: str

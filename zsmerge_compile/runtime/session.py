@@ -4,10 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from zsmerge_compile.errors import InputError, must
 from zsmerge_compile.runtime.handle import CacheHandle
+from zsmerge_compile.runtime.stopping import PadAfterStop, Watched
 
 
 class Session:
@@ -50,16 +51,20 @@ class Session:
     def watch(self, criteria: StoppingCriteriaList, generation_config: Any) -> StoppingCriteriaList:
         """The same criteria, telling this session of every row they stop."""
         if not any(hasattr(criterion, "eos_token_id") for criterion in criteria):
-            criteria.append(_PadAfterStop())
+            criteria.append(PadAfterStop())
         if generation_config._pad_token_tensor is None:
             generation_config._pad_token_tensor = torch.zeros((), dtype=torch.long, device=self.active.device)
-        return _Watched(criteria, self)
+        return Watched(criteria, self.sampled)
 
     def sampled(self, columns: Tensor, done: Tensor) -> None:
         """transformers appended a column to `columns` [B, T]; `done` [B] are the rows that stop with it."""
         self._columns = columns
         self._sampled = self._sampled + self.active
         self.active = self.active & ~done.to(self.active.device)
+
+    def generated(self, columns: Tensor, sampled: Tensor) -> None:
+        """Our own loop wrote `columns` [B, T + n], of which `sampled` [B] in each row while it was active."""
+        self._columns, self._sampled = columns, sampled
 
     def end(self, held: Tensor, changes: int) -> None:
         """The handle takes in the generated columns. held [B]: tokens each row's cache has seen."""
@@ -69,23 +74,3 @@ class Session:
             valid = torch.arange(new.shape[1], device=new.device) < self._sampled[:, None]
             handle.ids, handle.mask = torch.cat([handle.ids, new], 1), torch.cat([handle.mask, valid], 1)
         handle.held, handle.changes = held.clone(), changes
-
-
-class _Watched(StoppingCriteriaList):
-    def __init__(self, criteria: StoppingCriteriaList, session: Session) -> None:
-        super().__init__(criteria)
-        self._session = session
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        done: Tensor = super().__call__(input_ids, scores, **kwargs)
-        self._session.sampled(input_ids, done)
-        return done
-
-
-class _PadAfterStop(StoppingCriteria):
-    """Stops nothing. transformers pads the rows that have stopped only where a criterion has this attribute."""
-
-    eos_token_id = None
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
