@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,17 +30,3 @@ def plain_step(query: Tensor, new_key: Tensor, new_value: Tensor, *rest: Any) ->
 
 
 PLAIN = Kernel("plain static attention (SDPA over all slots)", plain_step)
-
-
-def fill(state: list[Tensor] | tuple[Tensor, ...], seed: int = 0) -> None:
-    """Make every slot of a layer live, with random content: the time of a step does not depend on it."""
-    layer = State(*state)
-    generator = torch.Generator().manual_seed(seed)
-    layer.key.normal_(generator=generator)
-    layer.value.normal_(generator=generator)
-    layer.weight.fill_(1.0)
-    layer.score.uniform_(generator=generator)
-    layer.residual_key.normal_(generator=generator)
-    layer.residual_value.normal_(generator=generator)
-    layer.position.copy_(torch.arange(layer.position.shape[2]))
-    layer.opened.copy_(torch.arange(layer.opened.shape[2]) + 1)

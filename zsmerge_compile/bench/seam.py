@@ -1,0 +1,56 @@
+"""Where the benchmarks meet the kernels: which one a program got, another one in its place, and an op by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from zsmerge_compile.lower import inductor, kernels
+from zsmerge_compile.lower.kernels import Kernel
+from zsmerge_compile.program import Program
+
+
+def kernel_of(program: Program, op: Any) -> Kernel:
+    """What runs `op` in this program's compiled graphs."""
+    return kernels.choose(op, program)
+
+
+@contextmanager
+def instead(op: Any, kernel: Kernel) -> Iterator[None]:
+    """Models compiled in this context run `kernel` for `op`; everything else about them stays."""
+    choose = kernels.choose
+
+    def chosen(wanted: Any, program: Program) -> Kernel:
+        return kernel if wanted is op else choose(wanted, program)
+
+    kernels.choose = chosen  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        kernels.choose = choose
+
+
+def compile_alone(kernel: Kernel, tensors: tuple[Tensor, ...], constants: tuple[Any, ...]) -> Callable[..., Tensor]:
+    """A kernel lowered as in a model's graph, with nothing around it: a function of the tensors."""
+    with FakeTensorMode() as mode:
+        fakes: list[Tensor] = [mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
+
+    def body(*given: Tensor) -> tuple[Tensor]:
+        return (kernel.run(*given, *constants),)
+
+    with mode, torch.no_grad():
+        graph = make_fx(body)(*fakes)
+    run = inductor.compile_graph(graph, fakes)
+
+    @torch.no_grad()
+    def call(*given: Tensor) -> Tensor:
+        out: Tensor = run(*given)[0]
+        return out
+
+    return call
