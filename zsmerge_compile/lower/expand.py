@@ -35,7 +35,7 @@ def expand(gm: fx.GraphModule, op: Any, kernel: Kernel, inputs: list[Tensor]) ->
     for node in expanded.graph.find_nodes(op="call_function", target=op):
         tensors = [used.meta["val"] for used in node.all_input_nodes]
         places = tuple(_place(node, argument) for argument in node.args)
-        key = (places, tuple((t.shape, t.stride(), t.dtype) for t in tensors))
+        key = (places, tuple((str(t.shape), str(t.stride()), t.dtype) for t in tensors))  # symbolic sizes do not hash
         if key not in bodies:
             bodies[key] = _trace(kernel, places, tensors)
         _inline(expanded.graph, node, bodies[key])

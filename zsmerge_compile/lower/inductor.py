@@ -1,7 +1,7 @@
 """Inductor: one static decode graph and one dynamic prefill graph, compiled without Dynamo in front.
 
 The graphs are already traced, so AOTAutograd and Inductor take them directly: a call has no guards to check and can
-never recompile. A cache op with a kernel is expanded to it (`expand`), and its writes are done in place.
+never recompile. A cache op is expanded to its kernel (`kernels`, `expand`), whose writes are done in place.
 """
 
 from __future__ import annotations
@@ -46,22 +46,21 @@ class _Compiled(NamedTuple):
 
 
 def _compile(program: Program, name: str, op: Any, inputs: list[Tensor], outline: bool) -> _Compiled:
-    kernel = kernels.choose(op, program.device.type)
-    label = f"{op} (one opaque call)" if kernel is None else kernel.name
+    kernel = kernels.choose(op, program)
     gm = annotated(getattr(program, name), inputs)
     outlined = outline_layers(gm, op) if outline else None
     if outlined is None:
-        return _Compiled(_compile_part(gm, op, kernel), label, 1)
+        return _Compiled(_compile_part(gm, op, kernel), kernel.name, 1)
     dump(name, len(program.counts[name]) + 1, "outline_layers", outlined)
     targets = dict.fromkeys(str(call.target) for call in outlined.graph.find_nodes(op="call_module"))
     parts = {target: _compile_part(outlined.get_submodule(target), op, kernel) for target in targets}
-    return _Compiled(Stages(outlined, parts), label, len(parts))
+    return _Compiled(Stages(outlined, parts), kernel.name, len(parts))
 
 
-def _compile_part(gm: Any, op: Any, kernel: Kernel | None) -> Any:
+def _compile_part(gm: Any, op: Any, kernel: Kernel) -> Any:
     """A graph whose placeholders carry their fakes."""
     inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
-    return compile_graph(gm if kernel is None else expand(gm, op, kernel, inputs), inputs)
+    return compile_graph(expand(gm, op, kernel, inputs), inputs)
 
 
 def decode_inputs(program: Program) -> list[Tensor]:

@@ -1,7 +1,13 @@
-"""The seam for kernels: which implementation of a cache op a compiled graph calls, chosen by op and device.
+"""The seam for kernels: which implementation of a cache op a compiled graph calls, chosen by op, device and shape.
 
-A kernel is a Python function of tensors with the op's arguments, traced into the graph that is compiled. An op with
-no entry stays one opaque call. The choice is never silent: `CompiledModel.report.kernels` names it.
+A kernel is a Python function of tensors with the op's arguments, traced into the graph that is compiled; it may be
+aten nodes or the call of another op. The choice is never silent: `CompiledModel.report.kernels` names it.
+
+| device | decode | extend |
+| --- | --- | --- |
+| CPU | attention in C++, the rest compiled around it | SDPA; scores, chunks and merging in C++ |
+| CUDA | two Triton kernels | SDPA and Triton kernels |
+| others, and shapes Triton does not serve | aten nodes, compiled | the op itself: SDPA, blocks of matrix products |
 """
 
 from __future__ import annotations
@@ -9,10 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from zsmerge_compile.ops import contracts, decode
 from zsmerge_compile.ops.state import State
+from zsmerge_compile.program import Program
 
 
 class Kernel(NamedTuple):
@@ -22,19 +30,52 @@ class Kernel(NamedTuple):
     run: Callable[..., Tensor]
 
 
+def choose(op: Any, program: Program) -> Kernel:
+    """The kernel for `op` in this program's graphs. Raises MissingBackendError where it cannot be built."""
+    device = program.device.type
+    if op not in (contracts.DECODE, contracts.EXTEND) or device not in ("cpu", "cuda"):
+        return _plain(op)
+    if device == "cpu":
+        return _cpp(op)
+    refused = _triton_refuses(program)
+    return _triton(op) if refused is None else _plain(op, f", not Triton: {refused}")
+
+
 def decode_step(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
-    """`zsmerge::decode` as the functional step plus one `index_put_` per buffer."""
+    """`zsmerge::decode` as the functional step plus one `index_put_` per buffer, in aten nodes."""
     size = len(State._fields)
     seen, active = rest[size : size + 2]
     return decode.step(State(*rest[:size]), query, key, value, seen, active, contracts.rule_of(*rest[size + 2 :]))
 
 
-_KERNELS: dict[tuple[Any, str], Kernel] = {
-    (contracts.DECODE, "cpu"): Kernel("ops.decode (in place, one index_put_ per buffer)", decode_step),
-    (contracts.DECODE, "cuda"): Kernel("ops.decode (in place, one index_put_ per buffer)", decode_step),
-}
+def _plain(op: Any, why: str = "") -> Kernel:
+    if op is contracts.DECODE:
+        return Kernel(f"ops.decode (aten nodes, compiled{why})", decode_step)
+    return Kernel(f"{op} (one opaque call{why})", op)
 
 
-def choose(op: Any, device_type: str) -> Kernel | None:
-    """The kernel for `op` on a kind of device, or None: the op is called as it is."""
-    return _KERNELS.get((op, device_type))
+def _cpp(op: Any) -> Kernel:
+    from zsmerge_compile.ops.cpp.decode import decode_step
+    from zsmerge_compile.ops.cpp.extend import extend
+
+    if op is contracts.DECODE:
+        return Kernel("ops.cpp (attention in C++, the rest compiled)", decode_step)
+    return Kernel("ops.cpp (SDPA; scores, chunks and merging in C++)", extend)
+
+
+def _triton(op: Any) -> Kernel:
+    from zsmerge_compile.ops.triton import ops
+
+    if op is contracts.DECODE:
+        return Kernel("ops.triton (split and finish kernels)", ops.decode_step)
+    return Kernel("ops.triton (SDPA, scores and merging in Triton)", ops.extend)
+
+
+def _triton_refuses(program: Program) -> str | None:
+    """Why Triton cannot serve some layer, in words; None if it serves all."""
+    from zsmerge_compile.ops.triton.supports import supports
+
+    capability = torch.cuda.get_device_capability(program.device)
+    shapes = {(layout.head_dim, layout.heads, layout.kv_heads) for layout in program.layouts}
+    reasons = (supports(program.dtype, *shape, capability) for shape in sorted(shapes))
+    return next((reason for reason in reasons if reason is not None), None)

@@ -35,12 +35,12 @@ class Stages:
             place[item] = len(place)
         self._constants = [attribute(outlined, str(node.target)) for node in graph.find_nodes(op="get_attr")]
         self._scratch: list[Tensor | None] = [None] * (len(place) - len(held))
-        self._output = place[graph.output_node().args[0]]  # type: ignore[index]
+        self._output = place[graph.output_node().args[0]]
         last = {item: call for call in calls for item in call.all_input_nodes if item not in held}
         self._stages = [
             Stage(
                 parts[str(call.target)],
-                tuple(place[used] for used in call.args),  # type: ignore[index]
+                tuple(place[used] for used in call.args),
                 tuple(place[item] for item in results[call]),
                 tuple(place[item] for item, reader in last.items() if reader is call),
             )
