@@ -8,6 +8,7 @@ to one `index_put_` per buffer: Inductor re-inplaces that, and copies the whole 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,17 +29,51 @@ class Moves(NamedTuple):
     promoted: Tensor  # bool: the leaving token takes `place`
 
 
-def step(state: State, query: Tensor, key: Tensor, value: Tensor, seen: Tensor, active: Tensor, rule: Rule) -> Tensor:
+def attend(
+    state: State, query: Tensor, key: Tensor, value: Tensor, at: Tensor, entering: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor]:
+    """Eq. 8 over the live slots and the new token, which stands in its (empty) ring slot `entering` [B, G, 1].
+
+    The group's query heads are the rows of one matrix product, so K and V are read once per key/value head and
+    never widened. Returns out [B, H, 1, D] and the group's summed attention [B, G, S].
+    """
+    batch, heads, _, dim = query.shape
+    groups = key.shape[1]
+    is_new = new_slot(state, entering)[:, :, None]
+    grouped = query.reshape(batch, groups, heads // groups, dim)
+    old = (grouped @ state.key.mT).float()  # [B, G, r, S]
+    new = (grouped.float() * key.float()).sum(-1, keepdim=True)  # [B, G, r, 1]
+    logits = torch.where(is_new, new, old) * rule.scale + slot_bias(state, at, entering, query.dtype, rule)
+    attention = torch.softmax(logits, -1)
+    on_slots = attention.masked_fill(is_new, 0.0)
+    on_new = (attention * is_new).sum(-1, keepdim=True)
+    out = (on_slots.to(value.dtype) @ state.value).float() + on_new * value.float()
+    return out.to(query.dtype).view(batch, heads, 1, dim), attention.sum(2)
+
+
+Attend = Callable[[State, Tensor, Tensor, Tensor, Tensor, Tensor, Rule], tuple[Tensor, Tensor]]
+
+
+def step(
+    state: State,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    active: Tensor,
+    rule: Rule,
+    attend: Attend = attend,
+) -> Tensor:
     """One decode step, in place: query [B, H, 1, D], key and value [B, G, 1, D], seen [B], active bool [B].
 
-    Returns out [B, H, 1, D]. Rows that are not active keep their state; their output is undefined.
+    Returns out [B, H, 1, D]. Rows that are not active keep their state; their output is undefined. `attend` may be
+    a kernel that is faster on one device; its default is plain aten, which every exporter knows.
     """
     at = seen.to(torch.int32)[:, None, None]  # [B, 1, 1] the new token's position
     alive_row = active[:, None, None]
-    slots = torch.arange(state.weight.shape[2], device=query.device)
     entering = (at % (rule.proximity + 1)).expand(-1, key.shape[1], -1).long()  # [B, G, 1]
-    is_new = slots == entering  # [B, G, S]
-    out, mass = attend(state, query, key, value, at, is_new, rule)
+    out, mass = attend(state, query, key, value, at, entering, rule)
+    is_new = new_slot(state, entering)
 
     weight = torch.where(is_new, 1.0, state.weight)
     position = torch.where(is_new, at, state.position)
@@ -51,28 +86,18 @@ def step(state: State, query: Tensor, key: Tensor, value: Tensor, seen: Tensor, 
     return out
 
 
-def attend(
-    state: State, query: Tensor, key: Tensor, value: Tensor, at: Tensor, is_new: Tensor, rule: Rule
-) -> tuple[Tensor, Tensor]:
-    """Eq. 8 over the live slots and the new token, which stands in its (empty) ring slot.
+def new_slot(state: State, entering: Tensor) -> Tensor:
+    """Which slot the new token stands in: [B, G, S] bool."""
+    return torch.arange(state.weight.shape[2], device=entering.device) == entering
 
-    The group's query heads are the rows of one matrix product, so K and V are read once per key/value head and
-    never widened. Returns out [B, H, 1, D] and the group's summed attention [B, G, S].
-    """
-    batch, heads, _, dim = query.shape
-    groups = key.shape[1]
-    grouped = query.reshape(batch, groups, heads // groups, dim)
-    old = (grouped @ state.key.mT).float()  # [B, G, r, S]
-    new = (grouped.float() * key.float()).sum(-1, keepdim=True)  # [B, G, r, 1]
-    logits = torch.where(is_new[:, :, None], new, old) * rule.scale + biases(state, at, is_new, query.dtype, rule)
+
+def slot_bias(state: State, at: Tensor, entering: Tensor, dtype: torch.dtype, rule: Rule) -> Tensor:
+    """What is added to q.k * scale (eq. 8): `biases`, and -inf where a slot is not live: [B, G, 1 or r, S]."""
+    is_new = new_slot(state, entering)
     live = is_new | (state.weight > 0)
     if rule.window is not None:
         live = live & (is_new | (at - state.position < rule.window))
-    attention = torch.softmax(logits.masked_fill(~live[:, :, None], -torch.inf), -1)
-    on_slots = attention.masked_fill(is_new[:, :, None], 0.0)
-    on_new = (attention * is_new[:, :, None]).sum(-1, keepdim=True)
-    out = (on_slots.to(value.dtype) @ state.value).float() + on_new * value.float()
-    return out.to(query.dtype).view(batch, heads, 1, dim), attention.sum(2)
+    return biases(state, at, is_new, dtype, rule).masked_fill(~live[:, :, None], -torch.inf)
 
 
 def biases(state: State, at: Tensor, is_new: Tensor, dtype: torch.dtype, rule: Rule) -> Tensor:

@@ -7,6 +7,7 @@ passed are emptied first. Shapes: b rows, G key/value heads, n new tokens, S slo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -48,8 +49,30 @@ class Residual(NamedTuple):
     opened: Tensor  # [b, G, R] int32
 
 
-def fold(state: State, key: Tensor, value: Tensor, received: Tensor, seen: Tensor, pads: Tensor, rule: Rule) -> State:
-    """Move n new tokens [b, G, n, D] with scores `received` [b, G, n] into the cache."""
+def in_turn(residual: Residual, arrivals: Residual) -> Residual:
+    """Absorb the arrivals, [b, G, n, ...], one by one."""
+    for i in range(arrivals.weight.shape[2]):
+        residual = absorb_one(residual, Residual(*(t[:, :, i : i + 1] for t in arrivals)))
+    return residual
+
+
+InTurn = Callable[[Residual, Residual], Residual]
+
+
+def fold(
+    state: State,
+    key: Tensor,
+    value: Tensor,
+    received: Tensor,
+    seen: Tensor,
+    pads: Tensor,
+    rule: Rule,
+    in_turn: InTurn = in_turn,
+) -> State:
+    """Move n new tokens [b, G, n, D] with scores `received` [b, G, n] into the cache.
+
+    `in_turn` may be a kernel that absorbs arrivals faster than the loop that specifies it.
+    """
     groups, n, ring_size = key.shape[1], key.shape[2], rule.proximity + 1
     column = torch.arange(n, device=key.device)
     position = (seen[:, None] + column - pads[:, None]).to(torch.int32)
@@ -67,7 +90,7 @@ def fold(state: State, key: Tensor, value: Tensor, received: Tensor, seen: Tenso
     recent = alive & (tokens.position >= after - rule.proximity)
     ring = fill_ring(tokens, recent, ring_size)
     context, victims = choose_context(tokens, alive & ~recent, rule.context, n)
-    residual = absorb(open_residual(state, after, rule.window), victims, rule.merge)
+    residual = absorb(open_residual(state, after, rule.window), victims, rule.merge, in_turn)
     return join(ring, context, residual, state.key.dtype)
 
 
@@ -111,16 +134,14 @@ def open_residual(state: State, after: Tensor, window: int | None) -> Residual:
     )
 
 
-def absorb(residual: Residual, victims: Tokens, merge: str) -> Residual:
+def absorb(residual: Residual, victims: Tokens, merge: str, in_turn: InTurn = in_turn) -> Residual:
     """Take in the victims (oldest first): one by one, or as the means of contiguous near-equal groups."""
     if residual.weight.shape[2] == 0:
         return residual
     arrivals = segments(victims, residual.weight.shape[2]) if merge == "segment" else singly(victims)
     if merge == "segment" and not bool((residual.weight > 0).any()):
         return opened_at_once(residual, arrivals)
-    for i in range(arrivals.weight.shape[2]):
-        residual = absorb_one(residual, Residual(*(t[:, :, i : i + 1] for t in arrivals)))
-    return residual
+    return in_turn(residual, arrivals)
 
 
 def singly(victims: Tokens) -> Residual:

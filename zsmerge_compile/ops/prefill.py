@@ -9,13 +9,15 @@ No buffer holds more than a few blocks times (S + T): b rows, H heads, G key/val
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from zsmerge_compile.ops import reference
-from zsmerge_compile.ops.fold import fold
+from zsmerge_compile.ops.fold import InTurn, fold, in_turn
 from zsmerge_compile.ops.state import Rule, State
 
 BLOCK_ROWS = 1024  # batch rows x heads x queries of one block
@@ -23,20 +25,29 @@ SCORE_ERROR = 1e-6  # what a score may lose by not looking at queries of long ag
 
 
 def extend(
-    state: State, query: Tensor, key: Tensor, value: Tensor, rows: Tensor, seen: Tensor, pads: Tensor, rule: Rule
+    state: State,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    seen: Tensor,
+    pads: Tensor,
+    rule: Rule,
+    parts: Parts | None = None,
 ) -> Tensor:
     """Attend with T columns and fold them into rows `rows` [b] of the cache, in place.
 
     query [b, H, T, D]; key, value [b, G, T, D]; seen [B] tokens in the cache; pads [b] leading padding columns.
-    Returns out [b, H, T, D], zero at padding.
+    Returns out [b, H, T, D], zero at padding. `parts` may be kernels; without them everything is plain aten.
     """
+    parts = parts or ATEN
     mine = State(*(t.index_select(0, rows) for t in state))
     had = seen.index_select(0, rows)
-    out, held, received = attend(mine, query, key, value, had, pads, rule)
+    out, held, received = attend(mine, query, key, value, had, pads, rule, parts)
     columns = query.shape[2]
     decayed = mine.score * torch.as_tensor(rule.decay) ** (columns - pads)[:, None, None]
     scored = mine._replace(score=torch.where(mine.weight > 0, decayed + held, 0.0))
-    folded = fold(scored, key, value, received, had, pads, rule)
+    folded = fold(scored, key, value, received, had, pads, rule, parts.in_turn)
     touched = rows[pads < columns]  # a row that is all padding keeps its state
     for buffer, new in zip(state, folded, strict=True):
         buffer.index_copy_(0, touched, new[pads < columns])
@@ -44,19 +55,28 @@ def extend(
 
 
 def attend(
-    state: State, query: Tensor, key: Tensor, value: Tensor, seen: Tensor, pads: Tensor, rule: Rule
+    state: State,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    pads: Tensor,
+    rule: Rule,
+    parts: Parts,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.attend`: out [b, H, T, D], attention on slots [b, G, S] and on the new tokens [b, G, T]."""
     if rule.slopes is not None or bool((seen > 0).any()):
-        return blocks(state, query, key, value, seen, pads, rule, first=0, want_out=True)
+        return parts.blocks(state, query, key, value, seen, pads, rule, first=0, want_out=True)
     columns = query.shape[2]
-    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
-    for pad, members in rows_by_padding(pads):
-        if pad < columns:
-            chosen = [t[members, :, pad:] for t in (query, key, value)]
-            out[members, :, pad:] = causal_attention(chosen[0], chosen[1], chosen[2], rule)
     first = max(0, columns - felt_queries(rule.decay, query.shape[1] // key.shape[1]))
-    _, held, received = blocks(state, query, key, value, seen, pads, rule, first=first, want_out=False)
+    out, held, received = parts.blocks(
+        state, query, key, value, seen, pads, rule, first=first, want_out=parts.late_out
+    )
+    until = first if parts.late_out else columns
+    for pad, members in rows_by_padding(pads):
+        if pad < until:
+            chosen = [t[members, :, pad:until] for t in (query, key, value)]
+            out[members, :, pad:until] = causal_attention(chosen[0], chosen[1], chosen[2], rule)
     return out, held, received
 
 
@@ -113,7 +133,7 @@ def blocks(
     first: int,
     want_out: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 8 for the queries from column `first` on, block by block; the outputs only if `want_out`.
+    """Eq. 8 for the queries from column `first` on, block by block; the outputs only if `want_out`, zeros elsewhere.
 
     The query heads of a group are the rows of one matrix product, so keys and values are never repeated.
     """
@@ -167,3 +187,14 @@ def hidden_tokens(mine: Tensor, others: Tensor, pads: Tensor, window: int | None
     behind = mine[:, None] - others
     seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
     return ~(seen & (others >= pads[:, None])[:, None])
+
+
+class Parts(NamedTuple):
+    """What a kernel may do instead, with the signatures of `blocks` and `fold.in_turn`."""
+
+    blocks: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    in_turn: InTurn
+    late_out: bool  # `blocks` is as fast as SDPA: it gives the late queries' outputs too, and SDPA stops before them
+
+
+ATEN = Parts(blocks, in_turn, late_out=False)
