@@ -1,4 +1,4 @@
-"""Thousands of steps: bytes, weights, first moments and time stay. A running mean held in bfloat16 would have stopped moving long before."""
+"""Thousands of steps: bytes, weights and moments stay. A mean held in bfloat16 would have stopped moving."""
 
 from __future__ import annotations
 

@@ -23,16 +23,19 @@ from zsmerge_compile.passes.outline_layers import outline_layers
 from zsmerge_compile.passes.pipeline import dump
 from zsmerge_compile.program import Program
 
-DEEP = 4  # layers from which compiling one of them alone pays
+# Layers from which one is compiled for all that are alike. A CUDA graph hides the calls between parts; on a CPU they
+# cost some hundredths of a small model's step, so there it is done where the whole graph takes minutes to compile.
+DEEP = {"cuda": 4}
+DEEP_ELSEWHERE = 16
 
 
 def lower(program: Program, outline: bool | None = None) -> Lowered:
     """Compile both graphs; returns when the code is ready.
 
-    outline: compile layers that are alike once (`passes/outline_layers.py`); None: where the model is deep enough.
+    outline: compile layers that are alike once (`passes/outline_layers.py`); None: where the model is deep enough for its device.
     """
     if outline is None:
-        outline = len(program.layouts) >= DEEP
+        outline = len(program.layouts) >= DEEP.get(program.device.type, DEEP_ELSEWHERE)
     prefill = _compile(program, "prefill", program.policy.extend_op, prefill_inputs(program), outline)
     decode = _compile(program, "decode", program.policy.decode_op, decode_inputs(program), outline)
     parts = {"prefill": prefill.parts, "decode": decode.parts}

@@ -3,6 +3,7 @@
 A prompt on an empty cache takes its outputs from `scaled_dot_product_attention`, row by row where the padding
 differs, so no mask is built; only the last queries, those the decayed score still feels, are looked at again for
 eq. 5. A prompt that continues a cache, or a model with ALiBi, computes both in one pass over blocks of queries.
+That pass and the merging one by one may be a device's kernels instead (`Parts`); everything else is the same.
 No buffer holds more than a few blocks times (S + T): b rows, H heads, G key/value heads, T columns, S slots.
 """
 

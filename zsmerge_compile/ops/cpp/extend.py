@@ -1,4 +1,4 @@
-"""Many new tokens at once with the C++ operators: blocks of queries that stay in the processor's caches.
+"""Many new tokens at once with the C++ operators: blocks of queries that stay in the caches, no Python loop.
 
 `zsmerge_cpp::extend` has the schema of `zsmerge::extend` and does the same. For a prompt on an empty cache
 `scaled_dot_product_attention` gives the outputs of the early queries, and the pass that scores the late ones theirs.

@@ -133,7 +133,8 @@ void attend_range(const Shape& shape, const float* query, Live<T>& live, const f
     for (int64_t n = i + AHEAD; n < std::min(stop + AHEAD, count); ++n) prefetch(live.value_of(n), shape.dim);
     for_heads(shape.heads, [&](auto tile, int64_t r) {
       weigh<T, decltype(tile)::value>(
-          part.p + r * span, span, [&](int64_t n) { return live.value_of(n); }, shape.dim, i, stop, part.out + r * size);
+          part.p + r * span, span, [&](int64_t n) { return live.value_of(n); }, shape.dim, i, stop,
+          part.out + r * size);
     });
   }
 }

@@ -42,7 +42,7 @@ inline float sum(const Lane& lane) {
   return at::vec::vec_reduce_all<float>(std::plus<Lane>(), lane);
 }
 
-// Bring a row near before it is needed: the hardware's own prefetch reaches a third of the bandwidth.
+// Bring a row near before it is needed.
 template <typename T>
 inline void prefetch(const T* row, int64_t dim) {
 #if defined(__GNUC__) || defined(__clang__)

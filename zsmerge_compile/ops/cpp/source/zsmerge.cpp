@@ -107,7 +107,9 @@ void absorb(Tensor& key, Tensor& value, Tensor& weight, Tensor& score, Tensor& p
   const int64_t count = new_key.size(2), pairs = batch * groups;
   must_be("key", key, key.sizes(), at::kFloat);
   must_be("new_key", new_key, {batch, groups, count, dim}, new_key.scalar_type());
-  for (const Tensor& one : {weight, score, mean}) must_be("weight, score and mean", one, {batch, groups, slots}, at::kFloat);
+  for (const Tensor& one : {weight, score, mean}) {
+    must_be("weight, score and mean", one, {batch, groups, slots}, at::kFloat);
+  }
   for (const Tensor& one : {position, opened}) must_be("position and opened", one, {batch, groups, slots}, at::kInt);
   for (const Tensor& one : {weight, score, mean, position, opened}) {
     TORCH_CHECK_VALUE(one.is_contiguous(), "the residual slots must be contiguous, got strides ", one.strides());
