@@ -32,7 +32,7 @@ DEEP_ELSEWHERE = 16
 def lower(program: Program, outline: bool | None = None) -> Lowered:
     """Compile both graphs; returns when the code is ready.
 
-    outline: compile layers that are alike once (`passes/outline_layers.py`); None: where the model is deep enough for its device.
+    outline: compile layers that are alike once (`passes/outline_layers.py`); None: by `DEEP`.
     """
     if outline is None:
         outline = len(program.layouts) >= DEEP.get(program.device.type, DEEP_ELSEWHERE)
