@@ -26,6 +26,7 @@ from kernels_tool.variants import DTYPES, SHAPES, Shape, layer
 from zsmerge_compile.ops import reference
 from zsmerge_compile.ops.state import Rule, State
 from zsmerge_compile.ops.triton import blocks, launch_decode
+from zsmerge_compile.runtime.graphs import cuda_recorder
 
 DEVICE = "cuda"
 WORKING_SET = 2**28  # bytes of K and V that a timed graph goes through: five times an H100's L2 cache
@@ -164,27 +165,15 @@ def agrees(layers: Layers, plan: blocks.DecodePlan) -> bool:
 def time_graph(layers: Layers, plan: blocks.DecodePlan) -> float:
     """Median milliseconds of one layer's step, within a CUDA graph of a step of every layer."""
 
-    def steps() -> None:
+    def steps() -> Tensor:
         for state in layers.states:
-            launch_decode.decode(state, *layers.tokens, layers.seen, layers.active, layers.rule, plan)
+            out = launch_decode.decode(state, *layers.tokens, layers.seen, layers.active, layers.rule, plan)
+        return out
 
-    return median_ms(captured(steps)) / len(layers.states)
-
-
-def captured(steps: Callable[[], None]) -> Callable[[], None]:
-    """A CUDA graph of `steps`, after a run that compiles."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        steps()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        steps()
-    return graph.replay
+    return median_ms(cuda_recorder(layers.seen.device)(steps).replay) / len(layers.states)
 
 
-def median_ms(replay: Callable[[], None]) -> float:
+def median_ms(replay: Callable[[], object]) -> float:
     times = []
     for turn in range(ROUNDS + 2):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -16,6 +16,7 @@ from zsmerge_compile.bench.seam import compile_alone, instead, kernel_of
 from zsmerge_compile.bench.timing import Step
 from zsmerge_compile.ops import contracts
 from zsmerge_compile.ops.state import State, allocate
+from zsmerge_compile.runtime.graphs import cuda_recorder
 
 NEW_TOKENS = 64  # of each timed generate
 PROMPT = 32  # tokens before them
@@ -166,32 +167,20 @@ def op_step(program: Any, row: Row) -> Step:
     arguments = program.policy.decode_arguments(program.sites[0], layout, None)
     call = compile_alone(kernel, (*tokens, *states[0], seen, active), arguments)
 
-    def run() -> None:
+    def run() -> Any:
         for state in states:
             call(*tokens, *state, seen, active)
-        seen.add_(1)
+        return seen.add_(1)
 
+    if program.device.type == "cuda":  # as within a model's step: launches would be most of a small op's time
+        run = cuda_recorder(program.device)(run).replay
     return Step(
-        _graphed(run) if program.device.type == "cuda" else run,
+        run,
         tokens=len(states),
         cache_bytes=size if kernel is PLAIN else sum(tensor.nbytes for tensor in states[0]),
         slots=row.slots,
         facts={"kernel": kernel.name},
     )
-
-
-def _graphed(run: Callable[[], object]) -> Callable[[], object]:
-    """The work as a CUDA graph, as it is within a model's step: launches would be most of a small op's time."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def _facts(compiled: Any) -> dict[str, Any]:

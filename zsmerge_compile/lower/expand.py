@@ -25,22 +25,18 @@ from zsmerge_compile.lower.kernels import Kernel
 from zsmerge_compile.passes.graph import attribute
 
 
-def expand(gm: fx.GraphModule, op: Any, kernel: Kernel, inputs: list[Tensor]) -> fx.GraphModule:
-    """A copy of the graph (its parameters shared) with `kernel` in place of every `op`.
-
-    inputs: fake tensors, one for each placeholder, of the shapes the graph is compiled for.
-    """
-    expanded = annotated(gm, inputs)
+def expand(gm: fx.GraphModule, op: Any, kernel: Kernel) -> fx.GraphModule:
+    """`kernel` in place of every `op`, in the graph given, whose nodes all carry their fakes (`annotated`)."""
     bodies: dict[Any, fx.GraphModule] = {}
-    for node in expanded.graph.find_nodes(op="call_function", target=op):
+    for node in gm.graph.find_nodes(op="call_function", target=op):
         tensors = [used.meta["val"] for used in node.all_input_nodes]
         places = tuple(_place(node, argument) for argument in node.args)
         key = (places, tuple((str(t.shape), str(t.stride()), t.dtype) for t in tensors))  # symbolic sizes do not hash
         if key not in bodies:
             bodies[key] = _trace(kernel, places, tensors)
-        _inline(expanded.graph, node, bodies[key])
-    expanded.recompile()
-    return expanded
+        _inline(gm.graph, node, bodies[key])
+    gm.recompile()
+    return gm
 
 
 def annotated(gm: fx.GraphModule, inputs: list[Tensor]) -> fx.GraphModule:

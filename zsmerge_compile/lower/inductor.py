@@ -6,8 +6,7 @@ never recompile. A cache op is expanded to its kernel (`kernels`, `expand`), who
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -36,34 +35,27 @@ def lower(program: Program, outline: bool | None = None) -> Lowered:
     """
     if outline is None:
         outline = len(program.layouts) >= DEEP.get(program.device.type, DEEP_ELSEWHERE)
-    prefill = _compile(program, "prefill", program.policy.extend_op, prefill_inputs(program), outline)
-    decode = _compile(program, "decode", program.policy.decode_op, decode_inputs(program), outline)
-    parts = {"prefill": prefill.parts, "decode": decode.parts}
-    return Lowered(prefill.run, decode.run, {"decode": decode.kernel, "extend": prefill.kernel}, parts)
+    prefill, extend_kernel = _compile(program, "prefill", program.policy.extend_op, prefill_inputs(program), outline)
+    decode, decode_kernel = _compile(program, "decode", program.policy.decode_op, decode_inputs(program), outline)
+    return Lowered(prefill, decode, {"decode": decode_kernel, "extend": extend_kernel})
 
 
-class _Compiled(NamedTuple):
-    run: Callable[..., Tensor]
-    kernel: str
-    parts: int  # how many graphs were compiled for it
-
-
-def _compile(program: Program, name: str, op: Any, inputs: list[Tensor], outline: bool) -> _Compiled:
+def _compile(program: Program, name: str, op: Any, inputs: list[Tensor], outline: bool) -> tuple[Any, str]:
     kernel = kernels.choose(op, program)
     gm = annotated(getattr(program, name), inputs)
     outlined = outline_layers(gm, op) if outline else None
     if outlined is None:
-        return _Compiled(_compile_part(gm, op, kernel), kernel.name, 1)
+        return _compile_part(gm, op, kernel), kernel.name
     dump(name, len(program.counts[name]) + 1, "outline_layers", outlined)
     targets = dict.fromkeys(str(call.target) for call in outlined.graph.find_nodes(op="call_module"))
     parts = {target: _compile_part(outlined.get_submodule(target), op, kernel) for target in targets}
-    return _Compiled(Stages(outlined, parts), kernel.name, len(parts))
+    return Stages(outlined, parts), kernel.name
 
 
 def _compile_part(gm: Any, op: Any, kernel: Kernel) -> Any:
     """A graph whose placeholders carry their fakes."""
     inputs = [node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")]
-    return compile_graph(expand(gm, op, kernel, inputs), inputs)
+    return compile_graph(expand(gm, op, kernel), inputs)
 
 
 def decode_inputs(program: Program) -> list[Tensor]:

@@ -9,12 +9,8 @@ from torch import Tensor
 
 
 class Lowered(NamedTuple):
-    """Callables with the signatures of `Program.prefill` and `Program.decode`, and which kernel runs each cache op.
-
-    parts: graph -> how many graphs were compiled for it; none where nothing is compiled.
-    """
+    """Callables with the signatures of `Program.prefill` and `Program.decode`, and which kernel runs each cache op."""
 
     prefill: Callable[..., Tensor]
     decode: Callable[..., Tensor]
     kernels: dict[str, str]
-    parts: dict[str, int] = {}

@@ -73,25 +73,47 @@ def fold(
 
     `in_turn` may be a kernel that absorbs arrivals faster than the loop that specifies it.
     """
-    groups, n, ring_size = key.shape[1], key.shape[2], rule.proximity + 1
-    column = torch.arange(n, device=key.device)
+    singles = rule.proximity + 1 + rule.context
+    keys, values = (torch.cat([held[:, :, :singles], new], 2) for held, new in ((state.key, key), (state.value, value)))
+    ring, context, victims, after = sort_out(state, keys, values, received, seen, pads, rule)
+    residual = absorb(open_residual(state, after, rule.window), victims, rule.merge, in_turn)
+    return join(ring, context, residual, state.key.dtype)
+
+
+class Sorted(NamedTuple):
+    """Where the single tokens go, and the position of each row's next token."""
+
+    ring: Tokens
+    context: Tokens
+    victims: Tokens  # oldest first
+    after: Tensor  # [b, 1, 1] int32
+
+
+def sort_out(
+    state: State, keys: Tensor, values: Tensor, received: Tensor, seen: Tensor, pads: Tensor, rule: Rule
+) -> Sorted:
+    """Which of the state's ring and context tokens and the n new ones stay where.
+
+    keys, values: [b, G, ring + context + n, *] of those tokens in this order, or whatever stands for them.
+    """
+    groups, n, ring_size = keys.shape[1], received.shape[2], rule.proximity + 1
+    column = torch.arange(n, device=keys.device)
     position = (seen[:, None] + column - pads[:, None]).to(torch.int32)
     real = (column >= pads[:, None]).float()
     singles = ring_size + rule.context
     tokens = Tokens(
-        torch.cat([state.key[:, :, :singles], key], 2),
-        torch.cat([state.value[:, :, :singles], value], 2),
+        keys,
+        values,
         torch.cat([state.weight[:, :, :singles], real[:, None].expand(-1, groups, -1)], 2),
         torch.cat([state.score[:, :, :singles], received], 2),
         torch.cat([state.position[:, :, :singles], position[:, None].expand(-1, groups, -1)], 2),
     )
-    after = (seen + n - pads).to(torch.int32)[:, None, None]  # the next token's position
+    after = (seen + n - pads).to(torch.int32)[:, None, None]
     alive = (tokens.weight > 0) & in_window(tokens.position, after, rule.window)
     recent = alive & (tokens.position >= after - rule.proximity)
     ring = fill_ring(tokens, recent, ring_size)
     context, victims = choose_context(tokens, alive & ~recent, rule.context, n)
-    residual = absorb(open_residual(state, after, rule.window), victims, rule.merge, in_turn)
-    return join(ring, context, residual, state.key.dtype)
+    return Sorted(ring, context, victims, after)
 
 
 def in_window(newest: Tensor, after: Tensor, window: int | None) -> Tensor:

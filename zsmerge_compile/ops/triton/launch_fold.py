@@ -1,7 +1,7 @@
 """What the cache keeps of n new tokens, on CUDA: `ops/fold.py` with K and V moved by kernels. Imports triton.
 
-Who stays where is decided by `fold.fill_ring` and `fold.choose_context` on the tokens' names instead of their keys
-and values: no key is sorted, concatenated or widened. Nothing here makes the host wait.
+Who stays where is decided by `fold.sort_out` on the tokens' names instead of their keys and values: no key is sorted,
+concatenated or widened. Nothing here makes the host wait.
 """
 
 from __future__ import annotations
@@ -9,15 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zsmerge_compile.ops.fold import (
-    Residual,
-    Tokens,
-    choose_context,
-    fill_ring,
-    in_window,
-    open_residual,
-    opened_at_once,
-)
+from zsmerge_compile.ops.fold import Residual, Tokens, open_residual, opened_at_once, sort_out
 from zsmerge_compile.ops.state import Rule, State
 from zsmerge_compile.ops.triton import blocks as table
 from zsmerge_compile.ops.triton.extend_absorb import absorb_kernel
@@ -39,28 +31,9 @@ def fold(
 
     empty: no row holds anything, known to the caller. Returns new tensors; may overwrite `state`'s masters.
     """
-    groups, n, ring_size = key.shape[1], key.shape[2], rule.proximity + 1
-    singles = ring_size + rule.context
-    column = torch.arange(n, device=key.device)
-    position = (seen[:, None] + column - pads[:, None]).to(torch.int32)
-    real = (column >= pads[:, None]).float()
-
-    def joined(held: Tensor, new: Tensor) -> Tensor:
-        return torch.cat([held[:, :, :singles], new], 2)
-
-    names = torch.arange(singles + n, device=key.device).expand(*key.shape[:2], -1)[..., None]
-    tokens = Tokens(
-        names,
-        names,
-        joined(state.weight, real[:, None].expand(-1, groups, -1)),
-        joined(state.score, received),
-        joined(state.position, position[:, None].expand(-1, groups, -1)),
-    )
-    after = (seen + n - pads).to(torch.int32)[:, None, None]  # the next token's position
-    alive = (tokens.weight > 0) & in_window(tokens.position, after, rule.window)
-    recent = alive & (tokens.position >= after - rule.proximity)
-    ring = fill_ring(tokens, recent, ring_size)
-    context, victims = choose_context(tokens, alive & ~recent, rule.context, n)
+    singles = rule.proximity + 1 + rule.context
+    names = torch.arange(singles + key.shape[2], device=key.device).expand(*key.shape[:2], -1)[..., None]
+    ring, context, victims, after = sort_out(state, names, names, received, seen, pads, rule)
     source = Source(state, key, value, singles)
     residual = open_residual(state, after, rule.window)
     if residual.weight.shape[2]:
