@@ -21,7 +21,7 @@ SUITES = (
     "families",
     "compile",
 )
-_EXAMPLES = """  zsmerge-compile bench --quick                       # under two minutes
+_EXAMPLES = """  zsmerge-compile bench --quick                       # two to three minutes
   zsmerge-compile bench                               # all suites for this device; `--list` tells what that is
   zsmerge-compile bench --suite decode --model llama-3-8b --layers 4 --contexts 4096 16384 --batches 1 8
   zsmerge-compile bench --suite slots --budgets 1023 4095 16383 --dtype bfloat16
