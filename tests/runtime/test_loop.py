@@ -90,7 +90,8 @@ def calls(draw: st.DrawFn) -> Call:
         "output_logits": st.booleans(),
     }
     options |= draw(st.fixed_dictionaries({}, optional=extra)) | {"num_return_sequences": copies}
-    if "repetition_penalty" in options:  # transformers' processor looks pads up among the scores
+    looks_up = "repetition_penalty" in options or "no_repeat_ngram_size" in options
+    if looks_up and batch > 1:  # transformers' processors look up the pads of rows that stopped before others
         options["pad_token_id"] = 0
     steps = st.tuples(st.integers(0, rows - 1), st.integers(0, options["max_new_tokens"] - 1))
     inputs = {name: given[name] for name in ("input_ids", "attention_mask")}
@@ -147,7 +148,7 @@ def in_both_loops(call: Call) -> tuple[Outcome, Outcome]:
     rows = call.inputs["input_ids"].shape[0]
     repeated = {name: tensor.repeat_interleave(call.batch // rows, 0) for name, tensor in call.inputs.items()}
     with transformers_loop():
-        free = run.generate(**repeated, max_new_tokens=20, do_sample=False, eos_token_id=None)[:, -20:]
+        free = run.generate(**repeated, max_new_tokens=20, do_sample=False, eos_token_id=None)[:, repeated["input_ids"].shape[1] :]
         ends = [int(free[row, min(step, free.shape[1] - 1)]) for row, step in call.ends] or None
         theirs = outcome(run, call, ends)
     with own_loop(call.every):
@@ -156,13 +157,16 @@ def in_both_loops(call: Call) -> tuple[Outcome, Outcome]:
 
 
 TWO = {name: prompt(2, 9, pads=(0, 4))[name] for name in ("input_ids", "attention_mask")}
+ONE = {name: given[:1] for name, given in TWO.items()}
 STOP_EARLY = dict(max_new_tokens=18, do_sample=False, num_return_sequences=1, output_scores=True, output_logits=True)
 
 
 @settings(max_examples=40, deadline=None)
 @given(call=calls())
-@example(call=Call(2, TWO, STOP_EARLY, [(0, 1), (1, 2)], 8, 0))  # both rows stop long before the first look
+@example(call=Call(2, TWO, STOP_EARLY, [(0, 0), (1, 1)], 8, 0))  # both rows stop long before the first look
 @example(call=Call(2, TWO, STOP_EARLY | {"max_new_tokens": 30}, [], 8, 0))  # both reach their last position
+@example(call=Call(1, ONE, STOP_EARLY | {"no_repeat_ngram_size": 2, "pad_token_id": -1}, [(0, 0)], 8, 0))
+@example(call=Call(1, ONE, STOP_EARLY | {"repetition_penalty": 1.4, "pad_token_id": VOCAB + 7}, [(0, 0)], 8, 0))
 def test_equals_transformers_loop(call: Call) -> None:
     ours, theirs = in_both_loops(call)
     assert type(ours.first) is GenerateDecoderOnlyOutput

@@ -9,7 +9,7 @@ draws of the random generator, of which the extra steps may consume more (never 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,7 @@ class Wanted(NamedTuple):
     """What generate was asked for. pad: a scalar tensor; keep_scores, keep_logits: those of every step."""
 
     stops: Stops
-    processors: Iterable[Processor]
+    processors: Collection[Processor]
     do_sample: bool
     pad: Tensor
     keep_scores: bool
@@ -61,7 +61,7 @@ def decode_loop(
     fed = cache.seen_tokens.clone()
     columns, draw, kept = Columns(prompt, wanted.stops.width), Draw(wanted.do_sample, prompt), Kept(wanted)
     rows = Rows(wanted, prompt, logits.shape[1], int(fed.max()))
-    every = STEPS_BETWEEN_LOOKS.get(prompt.device.type, OTHER_DEVICES)
+    every = rows.steps_between_looks(wanted.processors)
     logits = logits.to(torch.float32, copy=True)
     last = max(wanted.stops.width - prompt.shape[1], 1)
     for number in range(1, last + 1):
@@ -161,6 +161,12 @@ class Rows:
         self._pad = wanted.pad.to(prompt.device)
         self._pad_is_a_token = self._can_stop and 0 <= int(self._pad) < vocab
         self.active = ~self._stopped
+
+    def steps_between_looks(self, processors: Collection[Processor]) -> int:
+        """1 where a step too many would show processors a column of pads that they cannot look up in the vocabulary."""
+        if processors and self._can_stop and not self._pad_is_a_token:
+            return 1
+        return STEPS_BETWEEN_LOOKS.get(self._pad.device.type, OTHER_DEVICES)
 
     def pad_stopped(self, tokens: Tensor) -> Tensor:
         """A pad in the place of what was drawn for rows that had stopped."""
