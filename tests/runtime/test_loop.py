@@ -148,7 +148,8 @@ def in_both_loops(call: Call) -> tuple[Outcome, Outcome]:
     rows = call.inputs["input_ids"].shape[0]
     repeated = {name: tensor.repeat_interleave(call.batch // rows, 0) for name, tensor in call.inputs.items()}
     with transformers_loop():
-        free = run.generate(**repeated, max_new_tokens=20, do_sample=False, eos_token_id=None)[:, repeated["input_ids"].shape[1] :]
+        free = run.generate(**repeated, max_new_tokens=20, do_sample=False, eos_token_id=None)
+        free = free[:, repeated["input_ids"].shape[1] :]
         ends = [int(free[row, min(step, free.shape[1] - 1)]) for row, step in call.ends] or None
         theirs = outcome(run, call, ends)
     with own_loop(call.every):
