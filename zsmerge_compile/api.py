@@ -71,6 +71,7 @@ def compile(
         cache_bytes=sum(tensor.nbytes for layer in program.allocate() for tensor in layer),
         compile_seconds=time.perf_counter() - started,
         kernels=lowered.kernels,
+        parts=lowered.parts,
     )
     return CompiledModel(
         model, program, lowered, report, config.chunk if config.prefill == "chunked" else None, check_nan

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
-from zsmerge_compile.lower.kernels import decode_step
-from zsmerge_compile.ops import contracts
+from zsmerge_compile.ops import contracts, decode
+from zsmerge_compile.ops.cpp import build
+from zsmerge_compile.ops.cpp import decode as cpp_decode
 from zsmerge_compile.ops.state import LayerLayout, State, allocate
 
 LAYOUT = LayerLayout(heads=4, kv_heads=2, head_dim=16, proximity=31, context=30, residual=3)
@@ -44,18 +45,26 @@ def test_schema_declares_every_state_tensor_as_mutated_and_nothing_else(op: Any)
     assert written == State._fields
 
 
+@pytest.mark.parametrize("attend", [decode.attend, cpp_decode.attend], ids=["aten", "cpp"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", [RULE, ALIBI], ids=["causal", "alibi-window"])
-def test_inductor_compiles_the_step_without_copying_keys_or_values(rule: tuple[Any, ...], dtype: torch.dtype) -> None:
+def test_inductor_compiles_the_step_without_copying_keys_or_values(
+    rule: tuple[Any, ...], dtype: torch.dtype, attend: Any
+) -> None:
     """fullgraph, and no buffer as large as K or V in the generated code (index_put_ is done in place)."""
-    args = arguments(1, rule, dtype)
+    args, (seen, active) = arguments(1, rule, dtype), (12, 13)
+    build.load()
+
+    def step(*args: Any) -> torch.Tensor:
+        state, given = State(*args[3:seen]), contracts.rule_of(*args[active + 1 :])
+        return decode.step(state, *args[:3], args[seen], args[active], given, attend)
+
     with torch.no_grad():
         expected_args = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
         expected = contracts.DECODE(*expected_args)
-        out, code = run_and_get_code(torch.compile(decode_step, fullgraph=True, dynamic=False), *args)
-    sizes = [
-        tuple(int(d) for d in m.split(",")) for m in re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", "".join(code))
-    ]
+        out, code = run_and_get_code(torch.compile(step, fullgraph=True, dynamic=False), *args)
+    found = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", "".join(code))
+    sizes = [tuple(int(d) for d in match.split(",") if d.strip()) for match in found]
     assert sizes, "the generated code must allocate something, or this test reads it wrongly"
     cache = args[3].numel()
     assert max(torch.Size(size).numel() for size in sizes) < cache // 2

@@ -88,6 +88,18 @@ def test_scored_attention(
     torch.testing.assert_close(received, mass, atol=OP_FP32, rtol=OP_FP32)
 
 
+def test_more_threads_than_ranges_that_slots_divide_into() -> None:
+    """Ranges are rounded up to whole slots: the last of those wanted would begin past the end."""
+    torch.set_num_threads(80)
+    make, slots = torch.Generator().manual_seed(0), 81_921
+    query, key, value = (torch.randn(1, 1, n, 8, generator=make) for n in (1, slots, slots))
+    new, entering = torch.randn(1, 1, 8, generator=make), torch.tensor([7])
+    bias = torch.zeros(1, 1, 1, slots)
+    out, mass = torch.ops.zsmerge.scored_attention(query, key, value, bias, new, new, entering, 0.3)
+    expected = attention(query, key, value, bias, new, new, entering)
+    torch.testing.assert_close((out, mass), expected, atol=OP_FP32, rtol=OP_FP32)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     groups=st.integers(1, 2),

@@ -134,6 +134,15 @@ def test_values_are_let_go_when_the_last_part_has_read_them() -> None:
     assert most <= 3 + 1 and len(alive) == 1, "hidden, cos and sin; at the end the logits"
 
 
+@pytest.mark.parametrize(("layers", "parts"), [(3, 1), (4, 3)])
+def test_outlined_by_default_from_some_depth_on(layers: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the report says so: one graph, or the first layer's, the others' and the head's."""
+    monkeypatch.setattr(inductor, "DEEP_ELSEWHERE", 4)
+    monkeypatch.setattr(inductor, "compile_graph", lambda gm, inputs: gm)
+    report = zs.compile(tiny("llama-gqa", num_hidden_layers=layers), zs.ZSMergeConfig(8)).report
+    assert report.parts == {"prefill": parts, "decode": parts}
+
+
 def test_outline_is_for_inductor() -> None:
     with pytest.raises(zs.ZSMergeError, match="outline must be None"):
         zs.compile(tiny("llama-gqa"), zs.ZSMergeConfig(8), backend="eager", outline=True)

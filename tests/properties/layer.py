@@ -7,13 +7,17 @@ from torch import Tensor
 
 from tests.strategies import Case, Tokens, tokens
 from zsmerge_compile.ops import decode, prefill
+from zsmerge_compile.ops.cpp import build
+from zsmerge_compile.ops.cpp import decode as cpp_decode
+from zsmerge_compile.ops.cpp import extend as cpp_extend
 from zsmerge_compile.ops.state import Rule, State
 
 
 class Layer:
-    """State and tokens seen of `case.batch` rows, driven by the kernels that a compiled model runs."""
+    """State and tokens seen of `case.batch` rows, driven by the kernels that a compiled model runs on a CPU."""
 
     def __init__(self, case: Case, dtype: torch.dtype = torch.float32) -> None:
+        build.load()
         self.case, self.rule = case, case.rule
         self.state = case.empty(dtype)
         self.seen = torch.zeros(case.batch, dtype=torch.int64)
@@ -22,14 +26,14 @@ class Layer:
         """n columns for `rows` (all by default), of which the first `pads` are padding: out [b, H, n, D]."""
         chosen = torch.tensor(range(self.case.batch) if rows is None else rows)
         skipped = torch.tensor([0] * len(chosen) if pads is None else pads)
-        out = prefill.extend(self.state, *new, chosen, self.seen, skipped, self.rule)
+        out = prefill.extend(self.state, *new, chosen, self.seen, skipped, self.rule, cpp_extend.PARTS)
         self.seen[chosen] += new.query.shape[2] - skipped
         return out
 
     def decode(self, new: Tokens, active: Tensor | None = None) -> Tensor:
         """One token per (active) row: out [B, H, 1, D]."""
         active = torch.ones_like(self.seen, dtype=torch.bool) if active is None else active
-        out = decode.step(self.state, *new, self.seen, active, self.rule)
+        out = decode.step(self.state, *new, self.seen, active, self.rule, cpp_decode.attend)
         self.seen += active
         return out
 

@@ -20,6 +20,7 @@ class FakeStep(GenerateMixin):
         self.batch_size = batch_size
         self.tokens: list[list[int]] = [[] for _ in range(batch_size)]
         self.prefills = self.decodes = 0
+        self.broken: list[int] = []
 
     @property
     def cache(self) -> Any:
@@ -59,6 +60,9 @@ class FakeStep(GenerateMixin):
         for row in range(self.batch_size) if rows is None else rows:
             self.tokens[row] = []
         self.changes += 1
+
+    def mark_broken(self, rows: list[int]) -> None:
+        self.broken += rows
 
     @torch.no_grad()
     def _logits(self, tokens: list[int]) -> Tensor:

@@ -33,7 +33,7 @@ def recorded(direct: Any) -> Any:
 
 def again(direct: Any, recorder: Any, check_nan: bool = False) -> CompiledModel:
     """The same program with a cache of its own, its step recorded."""
-    lowered = Lowered(direct.prefill_graph, direct.decode_graph, direct.report.kernels)
+    lowered = Lowered(direct.prefill_graph, direct.decode_graph, direct.report.kernels, direct.report.parts)
     return CompiledModel(direct.model, direct.program, lowered, direct.report, None, check_nan, recorder)
 
 

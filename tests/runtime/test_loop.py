@@ -279,8 +279,10 @@ def test_sampling_from_nan_is_an_error(every: int) -> None:
     model = tiny("llama-gqa")
     with torch.no_grad():
         model.lm_head.weight[5] = torch.nan
+    run = FakeStep(model, 3)
     with own_loop(every), pytest.raises(CacheStateError, match="scores to sample from must be numbers, got NaN in"):
-        FakeStep(model, 3).generate(**padded(), max_new_tokens=4, do_sample=True)
+        run.generate(**padded(), max_new_tokens=4, do_sample=True)
+    assert run.broken == [0, 1, 2]
 
 
 def test_nan_that_is_looked_for_breaks_its_rows_in_our_loop_too() -> None:

@@ -8,6 +8,5 @@ from zsmerge_compile.program import Program
 
 def lower(program: Program) -> Lowered:
     """The program's graphs as they are."""
-    return Lowered(
-        program.prefill, program.decode, {"decode": "ops.reference (eager)", "extend": "ops.prefill (eager, SDPA)"}
-    )
+    kernels = {"decode": "ops.reference (eager)", "extend": "ops.prefill (eager, SDPA)"}
+    return Lowered(program.prefill, program.decode, kernels, {"prefill": 0, "decode": 0})

@@ -6,7 +6,7 @@ never recompile. A cache op is expanded to its kernel (`kernels`, `expand`), who
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -35,21 +35,30 @@ def lower(program: Program, outline: bool | None = None) -> Lowered:
     """
     if outline is None:
         outline = len(program.layouts) >= DEEP.get(program.device.type, DEEP_ELSEWHERE)
-    prefill, extend_kernel = _compile(program, "prefill", program.policy.extend_op, prefill_inputs(program), outline)
-    decode, decode_kernel = _compile(program, "decode", program.policy.decode_op, decode_inputs(program), outline)
-    return Lowered(prefill, decode, {"decode": decode_kernel, "extend": extend_kernel})
+    policy, chosen = program.policy, {}
+    chosen["extend"], chosen["decode"] = (kernels.choose(op, program) for op in (policy.extend_op, policy.decode_op))
+    prefill = _compile(program, "prefill", policy.extend_op, chosen["extend"], prefill_inputs(program), outline)
+    decode = _compile(program, "decode", policy.decode_op, chosen["decode"], decode_inputs(program), outline)
+    names = {op: kernel.name for op, kernel in chosen.items()}
+    return Lowered(prefill.run, decode.run, names, {"prefill": prefill.parts, "decode": decode.parts})
 
 
-def _compile(program: Program, name: str, op: Any, inputs: list[Tensor], outline: bool) -> tuple[Any, str]:
-    kernel = kernels.choose(op, program)
+class Compiled(NamedTuple):
+    """A graph's callable, and how many graphs were compiled for it."""
+
+    run: Any
+    parts: int
+
+
+def _compile(program: Program, name: str, op: Any, kernel: Kernel, inputs: list[Tensor], outline: bool) -> Compiled:
     gm = annotated(getattr(program, name), inputs)
     outlined = outline_layers(gm, op) if outline else None
     if outlined is None:
-        return _compile_part(gm, op, kernel), kernel.name
+        return Compiled(_compile_part(gm, op, kernel), 1)
     dump(name, len(program.counts[name]) + 1, "outline_layers", outlined)
     targets = dict.fromkeys(str(call.target) for call in outlined.graph.find_nodes(op="call_module"))
     parts = {target: _compile_part(outlined.get_submodule(target), op, kernel) for target in targets}
-    return Stages(outlined, parts), kernel.name
+    return Compiled(Stages(outlined, parts), len(parts))
 
 
 def _compile_part(gm: Any, op: Any, kernel: Kernel) -> Any:

@@ -73,7 +73,7 @@ def decode_loop(
         columns.append(tokens)
         rows.take(tokens, cache)
         if number % every == 0 or number == last:
-            draw.check()
+            draw.check(cache)
             if number == last or rows.all_stopped():
                 break
         logits = rows.only_active(step(rows.fed(tokens)[:, None], rows.active).float())
@@ -123,10 +123,11 @@ class Draw:
         # torch.multinomial draws one sample in this way (the race of exponentials), but asks the device for NaN first
         return (chances / torch.empty_like(chances).exponential_(1.0)).argmax(-1)
 
-    def check(self) -> None:
-        """Waits for the device where it samples; raises CacheStateError where there was NaN."""
+    def check(self, cache: Any) -> None:
+        """Waits for the device where it samples; where there was NaN, marks the rows and raises CacheStateError."""
         if self._do_sample and bool(self._not_numbers.any()):
             rows = self._not_numbers.nonzero().flatten().tolist()
+            cache.mark_broken(rows)
             hint = f"reset(rows={rows}), or compile with check_nan=True to hear of it at once"
             raise CacheStateError(must("scores to sample from", "numbers", f"NaN in rows {rows}", hint))
 

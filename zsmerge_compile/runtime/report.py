@@ -17,6 +17,7 @@ class Report:
     cache_bytes      bytes of the cache for `batch_size` rows
     compile_seconds  tracing, passes, lowering and recording the step together
     kernels          cache op -> what runs it; "step" -> "one CUDA graph" or "called directly"
+    parts            graph -> graphs compiled for it: 1 for the whole, more where alike layers are compiled once
     """
 
     model: str
@@ -29,3 +30,4 @@ class Report:
     cache_bytes: int
     compile_seconds: float
     kernels: dict[str, str]
+    parts: dict[str, int]

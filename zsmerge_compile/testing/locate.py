@@ -46,7 +46,7 @@ def where_parts(subject: Subject, mismatch: Mismatch) -> str:
         "prefill": Recorder(program.prefill, program.policy.extend_op),
         "decode": Recorder(program.decode, program.policy.decode_op),
     }
-    lowered = Lowered(recorders["prefill"], recorders["decode"], {})
+    lowered = Lowered(recorders["prefill"], recorders["decode"], {}, {})
     again = CompiledModel(subject.model, program, lowered, compiled.report, case.chunk, False)
     listed = Listed(subject.oracle(case), case.chunk, subject.half)
     for number, call in enumerate(mismatch.calls, 1):

@@ -172,12 +172,13 @@ void join_range(const Shape& shape, const Part* parts, int64_t mine, int64_t beg
   }
 }
 
-// Ranges per (row, head): enough tasks for the threads, none smaller than is worth it.
+// Ranges per (row, head): enough tasks for the threads, none smaller than is worth it, none empty.
 inline int64_t ranges_for(int64_t pairs, int64_t slots) {
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   if (pairs % threads == 0 || pairs >= 4 * threads) return 1;
   const int64_t wanted = (4 * threads + pairs - 1) / pairs;
-  return std::clamp<int64_t>(slots / SMALLEST_RANGE, 1, wanted);
+  const int64_t ranges = std::clamp<int64_t>(slots / SMALLEST_RANGE, 1, wanted), span = (slots + ranges - 1) / ranges;
+  return (slots + span - 1) / span;  // spans rounded up may cover the slots before the last range begins
 }
 
 template <typename T>
