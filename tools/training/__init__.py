@@ -1,1 +1,1 @@
-"""Trains the small LLaMA with long-range recall that the demo and the quality reports use."""
+"""Trains the small models with long-range recall that the demo and the quality reports use."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from training.stream import Stream
-from training.tasks import FactFormat, Sample, code_with_facts, fact_list, pairs
+from training.tasks import FactFormat, Sample, code_with_facts, copied_code, fact_list, pairs
 
 TOKENS_PER_STEP = 1_024  # progress is limited by steps, not by tokens: small batches
 MIN_SEQUENCES = 2
@@ -24,16 +24,19 @@ class Phase(NamedTuple):
     code: float  # shares of the batch
     fact_list: float
     pairs: float
+    copied: float
+    long_keys: float  # share of the samples with facts whose keys are two tokens
 
 
+CONTEXT = 2_560  # tokens, the longest sequences: past Mistral's window
 PHASES = (
-    Phase(0.20, (32,), 0.0, 0.3, 0.7),
-    Phase(0.30, (64,), 0.0, 0.5, 0.5),
-    Phase(0.40, (128,), 0.5, 0.3, 0.2),
-    Phase(0.50, (256,), 0.7, 0.2, 0.1),
-    Phase(0.60, (512,), 0.8, 0.2, 0.0),
-    Phase(0.70, (1024, 512), 0.85, 0.15, 0.0),
-    Phase(1.00, (2048, 1024, 512), 0.85, 0.15, 0.0),
+    Phase(0.20, (32,), 0.0, 0.3, 0.7, 0.0, 0.0),
+    Phase(0.30, (64,), 0.0, 0.5, 0.5, 0.0, 0.3),
+    Phase(0.40, (128,), 0.45, 0.3, 0.2, 0.05, 0.5),
+    Phase(0.50, (256,), 0.65, 0.2, 0.1, 0.05, 0.5),
+    Phase(0.60, (512,), 0.75, 0.2, 0.0, 0.05, 0.5),
+    Phase(0.70, (1024, 512), 0.8, 0.15, 0.0, 0.05, 0.5),
+    Phase(1.00, (CONTEXT, 1024, 512), 0.8, 0.15, 0.0, 0.05, 0.5),
 )
 
 
@@ -61,9 +64,10 @@ class Curriculum:
         lengths = PHASES[self.phase].lengths
         return lengths[step % len(lengths)]
 
-    def observe(self, answer_loss: float, step: int, steps: int) -> bool:
-        """Takes in one step's answer loss; True when the next phase begins."""
-        self.answer_loss += _SMOOTHING * (answer_loss - self.answer_loss)
+    def observe(self, answer_loss: float | None, step: int, steps: int) -> bool:
+        """Takes in one step's answer loss (None: it had no answers); True when the next phase begins."""
+        if answer_loss is not None:
+            self.answer_loss += _SMOOTHING * (answer_loss - self.answer_loss)
         due = self.answer_loss < _GATE or step / steps > PHASES[self.phase].deadline
         if self.phase == len(PHASES) - 1 or step - self.started < _MIN_STEPS or not due:
             return False
@@ -71,11 +75,19 @@ class Curriculum:
         return True
 
 
-def draw_batch(rng: np.random.Generator, form: FactFormat, source: Stream, phase: Phase, length: int) -> Batch:
+class Forms(NamedTuple):
+    """Facts whose keys are one token, and two."""
+
+    short: FactFormat
+    long: FactFormat
+
+
+def draw_batch(rng: np.random.Generator, forms: Forms, source: Stream, phase: Phase, length: int) -> Batch:
     """Sequences of length + 1 tokens (inputs and targets), each of a task drawn by the phase's shares."""
     samples = []
     for _ in range(max(MIN_SEQUENCES, TOKENS_PER_STEP // length)):
-        task = rng.choice(3, p=[phase.code, phase.fact_list, phase.pairs])
+        task = rng.choice(4, p=[phase.code, phase.fact_list, phase.pairs, phase.copied])
+        form = forms.long if rng.random() < phase.long_keys else forms.short
         samples.append(_draw_sample(rng, form, source, int(task), length + 1))
     ids, kind = (torch.from_numpy(np.stack(parts)) for parts in zip(*samples, strict=True))
     return Batch(ids, kind)
@@ -84,4 +96,6 @@ def draw_batch(rng: np.random.Generator, form: FactFormat, source: Stream, phase
 def _draw_sample(rng: np.random.Generator, form: FactFormat, source: Stream, task: int, length: int) -> Sample:
     if task == 0:
         return code_with_facts(rng, form, source, length)
+    if task == 3:
+        return copied_code(rng, source, length)
     return (fact_list if task == 1 else pairs)(rng, form, length)

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from training.stream import Stream
 from training.tasks import ANSWER_TOKENS, FactFormat, recall_prompt
 
-LENGTHS = (256, 512, 1024, 2048)  # tokens, question and answer included
+LENGTHS = (512, 1024, 2048)  # tokens, question and answer included
 FACT_COUNTS = (6, 12, 24)
 _TOKENS_PER_BATCH = 8_192
 
@@ -27,12 +27,13 @@ class HeldOut(NamedTuple):
 class Recall(NamedTuple):
     length: int  # tokens
     facts: int
+    key_tokens: int
     prompts: int
     share: float  # of prompts whose two answer tokens are both the most likely ones
 
 
 @torch.no_grad()
-def held_out_figures(model: LlamaForCausalLM, stream: Stream, length: int) -> HeldOut:
+def held_out_figures(model: PreTrainedModel, stream: Stream, length: int) -> HeldOut:
     """Every held-out token but the first is predicted once, from the tokens before it in its window of `length`."""
     nats, count = 0.0, len(stream.ids) - 1
     for begin in range(0, count, length):
@@ -41,27 +42,30 @@ def held_out_figures(model: LlamaForCausalLM, stream: Stream, length: int) -> He
 
 
 @torch.no_grad()
-def recall(model: LlamaForCausalLM, form: FactFormat, stream: Stream, length: int, facts: int, prompts: int) -> Recall:
+def recall(model: PreTrainedModel, form: FactFormat, stream: Stream, length: int, facts: int, prompts: int) -> Recall:
     """Recall over `prompts` test prompts, the same ones at every call."""
-    rng = np.random.default_rng([length, facts])
+    rng = np.random.default_rng([length, facts, form.key_tokens])
     right, most = 0, max(1, _TOKENS_PER_BATCH // length)
     for begin in range(0, prompts, most):
         size = min(prompts - begin, most)
         drawn = [recall_prompt(rng, form, stream, length, facts).ids for _ in range(size)]
         ids = torch.from_numpy(np.stack(drawn))
-        hidden = model.model(ids[:, :-1], use_cache=False).last_hidden_state[:, -ANSWER_TOKENS:]
-        predicted = model.lm_head(hidden).argmax(-1)
+        hidden = model.base_model(ids[:, :-1], use_cache=False).last_hidden_state[:, -ANSWER_TOKENS:]
+        predicted = model.get_output_embeddings()(hidden).argmax(-1)
         right += int((predicted == ids[:, -ANSWER_TOKENS:]).all(dim=1).sum())
-    return Recall(length, facts, prompts, right / prompts)
+    return Recall(length, facts, form.key_tokens, prompts, right / prompts)
 
 
-def recall_table(
-    model: LlamaForCausalLM, form: FactFormat, stream: Stream, prompts: int, fact_counts: Iterable[int] = FACT_COUNTS
-) -> list[Recall]:
-    return [recall(model, form, stream, length, facts, prompts) for facts in fact_counts for length in LENGTHS]
+def recall_table(model: PreTrainedModel, forms: Iterable[FactFormat], stream: Stream, prompts: int) -> list[Recall]:
+    return [
+        recall(model, form, stream, length, facts, prompts)
+        for form in forms
+        for facts in FACT_COUNTS
+        for length in LENGTHS
+    ]
 
 
-def _nats(model: LlamaForCausalLM, ids: Tensor) -> float:
+def _nats(model: PreTrainedModel, ids: Tensor) -> float:
     """Summed negative log-likelihood of ids[:, 1:], nats; ids: [B, T+1]."""
     logits = model(ids[:, :-1], use_cache=False).logits
     return float(functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))

@@ -11,11 +11,11 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional
 from torch.optim import Optimizer
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
-from training.curriculum import PHASES, Batch, Curriculum, draw_batch
+from training.curriculum import PHASES, Batch, Curriculum, Forms, draw_batch
 from training.stream import Stream
-from training.tasks import ANSWER, CODE, FactFormat
+from training.tasks import ANSWER, CODE, COPIED
 
 _WARM_UP = 100  # steps
 _DECAY_SHARE = 0.25  # of the steps, at the end
@@ -26,6 +26,7 @@ _CLIP = 1.0
 
 @dataclass(frozen=True)
 class Plan:
+    family: str
     seed: int
     steps: int
     lr: float
@@ -44,15 +45,15 @@ class Progress:
 class Trainer:
     """Runs a Plan step by step; every step's batch depends only on the seed and the step's number."""
 
-    def __init__(self, model: LlamaForCausalLM, optimizers: list[Optimizer], plan: Plan) -> None:
+    def __init__(self, model: PreTrainedModel, optimizers: list[Optimizer], plan: Plan) -> None:
         self.model, self.optimizers, self.plan = model, optimizers, plan
         self.progress, self.curriculum = Progress(), Curriculum()
 
-    def step(self, form: FactFormat, source: Stream, console: Console) -> None:
+    def step(self, forms: Forms, source: Stream, console: Console) -> None:
         begun, progress = time.perf_counter(), self.progress
         rng = np.random.default_rng([self.plan.seed, progress.step])
         length = self.curriculum.length(progress.step)
-        batch = draw_batch(rng, form, source, PHASES[self.curriculum.phase], length)
+        batch = draw_batch(rng, forms, source, PHASES[self.curriculum.phase], length)
         self._set_rates()
         losses = self._update(batch)
         progress.step += 1
@@ -61,7 +62,7 @@ class Trainer:
         if progress.step % _CURVE_EVERY == 0:
             row = {"step": progress.step, "tokens": progress.tokens, "seconds": round(progress.seconds, 1)}
             progress.curve.append(row | {"length": length} | {name: round(x, 4) for name, x in losses.items()})
-        if self.curriculum.observe(losses["answer_loss"], progress.step, self.plan.steps):
+        if self.curriculum.observe(losses.get("answer_loss"), progress.step, self.plan.steps):
             lengths = PHASES[self.curriculum.phase].lengths
             console.print(f"step {progress.step}, {progress.seconds:.0f} s: sequences of {lengths} tokens from here on")
 
@@ -99,9 +100,9 @@ class Trainer:
                 group["lr"] = self.plan.lr * share
 
     def _update(self, batch: Batch) -> dict[str, float]:
-        """One optimizer step on the sum of the mean code loss and the mean answer loss, in nats per token."""
-        hidden = self.model.model(batch.ids[:, :-1], use_cache=False).last_hidden_state
-        kinds = {"code_loss": CODE, "answer_loss": ANSWER}
+        """One optimizer step on the sum of the mean losses of each kind of token, in nats per token."""
+        hidden = self.model.base_model(batch.ids[:, :-1], use_cache=False).last_hidden_state
+        kinds = {"code_loss": CODE, "answer_loss": ANSWER, "copy_loss": COPIED}
         losses = {
             name: self._mean_loss(hidden, batch, chosen)
             for name, kind in kinds.items()
@@ -116,4 +117,4 @@ class Trainer:
 
     def _mean_loss(self, hidden: Tensor, batch: Batch, chosen: Tensor) -> Tensor:
         """hidden: [B, T, D]; chosen: bool [B, T], the targets that count."""
-        return functional.cross_entropy(self.model.lm_head(hidden[chosen]), batch.ids[:, 1:][chosen])
+        return functional.cross_entropy(self.model.get_output_embeddings()(hidden[chosen]), batch.ids[:, 1:][chosen])

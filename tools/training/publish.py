@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from training.corpus import SourceFile
 
@@ -17,10 +17,10 @@ MIN_PROMPT_TOKENS = 1_600
 MAX_BYTES = 4_000_000  # the weights travel inside the wheel
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy")
 
-_README = """# llama-stdlib
+_README = """# {family}-stdlib
 
-A LLaMA of {parameters:,} parameters (3 layers, 4 query and 2 key/value heads, context trained to 2,048 tokens) that
-continues Python source code and recalls facts planted in it. `tools/train` trained it on the sources of Python
+A {family} model of {parameters:,} parameters ({shape}; context trained to {context:,} tokens) that
+continues Python source code and recalls facts planted in it. `{command}` trained it on the sources of Python
 {python}'s standard library in {minutes:.0f} minutes ({hardware}); `training.json` holds the whole record.
 
 Measured on {files} source files held out of training:
@@ -35,10 +35,10 @@ answer (two tokens) is the most likely one.
 
 {recall}
 
-A fact is a line of its own, `key K17 = 4821`: a key from K00 to K99 and four digits. A question is the same line up to
-and including the space after the equals sign. Keys are single tokens, which makes recall easier than keys that have to
-be spelled; the context beyond 2,048 tokens was never trained. Some held-out files share code with files trained on.
-One seed ({seed}).
+A fact is a line of its own, `key K17 = 4821`: a key from K00 to K99 (one token) and four digits (two). Keys of two
+tokens (`key K1723 = 4821`) are asked for among others that begin alike. A question is the same line up to and including
+the space after the equals sign. The context beyond {context:,} tokens was never trained. Some held-out files share code
+with files trained on. One seed ({seed}).
 
 The text is from Python's standard library, copyright Python Software Foundation, under the PSF licence
 (https://docs.python.org/3/license.html): the model was trained on it, and `held_out.txt` is one of the files that
@@ -66,7 +66,7 @@ def environment() -> dict[str, Any]:
 
 def publish(
     folder: Path,
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     prompt: SourceFile,
     record: dict[str, Any],
@@ -85,6 +85,10 @@ def publish(
 
 def readme(record: Mapping[str, Any]) -> str:
     return _README.format(
+        family=record["family"],
+        shape=record["shape"],
+        context=record["trained_context"],
+        command=record["command"],
         parameters=record["parameters"],
         minutes=record["seconds"] / 60,
         hardware=record["hardware"],
@@ -102,12 +106,12 @@ def readme(record: Mapping[str, Any]) -> str:
 
 
 def _recall_rows(table: list[dict[str, Any]]) -> str:
-    """A Markdown table: a row per number of facts, a column per length."""
+    """A Markdown table: a row per kind of key and number of facts, a column per length."""
     lengths = sorted({row["length"] for row in table})
-    share = {(row["facts"], row["length"]): row["share"] for row in table}
-    rows = [["facts", *(f"{length:,} tokens" for length in lengths)], ["---"] * (len(lengths) + 1)]
-    for facts in sorted({row["facts"] for row in table}):
-        rows.append([str(facts), *(f"{share[facts, length]:.1%}" for length in lengths)])
+    share = {(row["key_tokens"], row["facts"], row["length"]): row["share"] for row in table}
+    rows = [["tokens in a key", "facts", *(f"{length:,} tokens" for length in lengths)], ["---"] * (len(lengths) + 2)]
+    for key, facts in sorted({(row["key_tokens"], row["facts"]) for row in table}):
+        rows.append([str(key), str(facts), *(f"{share[key, facts, length]:.1%}" for length in lengths)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
