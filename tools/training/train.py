@@ -87,7 +87,7 @@ def resume(trainer: Trainer, checkpoint: Path) -> None:
 def train(trainer: Trainer, material: Material, checkpoint: Path, console: Console) -> None:
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     progress = trainer.progress
-    with whole_heads(), Bar(*columns, console=console) as bar:
+    with Bar(*columns, console=console) as bar:
         task = bar.add_task("steps", total=trainer.plan.steps, completed=progress.step)
         while progress.step < trainer.plan.steps:
             trainer.step(material.forms, material.train, console)
@@ -155,8 +155,9 @@ def main(arguments: list[str] | None = None) -> None:
     trainer = Trainer(model, build_optimizers(model, options.lr), plan)
     if options.resume:
         resume(trainer, options.checkpoint)
-    train(trainer, material, options.checkpoint, console)
-    figures = measure(model, material.forms, material.train, material.held_out, _HELD_OUT_WINDOW, console)
+    with whole_heads():
+        train(trainer, material, options.checkpoint, console)
+        figures = measure(model, material.forms, material.train, material.held_out, _HELD_OUT_WINDOW, console)
     check(figures)
     publish(options.output, model, material.tokenizer, prompt, make_record(trainer, material, figures, prompt))
     console.print(f"written to {options.output}")
