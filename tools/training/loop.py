@@ -1,7 +1,7 @@
 """The training loop, and the checkpoint it can go on from."""
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
+    extended: list[list[int]] = field(default_factory=list)  # [step, steps planned until then] of each longer plan
 
 
 class Trainer:
@@ -83,14 +84,17 @@ class Trainer:
         draft.replace(path)
 
     def load(self, path: Path) -> None:
-        """Goes on from a checkpoint of the same plan; ValueError for another plan's."""
+        """Goes on from a checkpoint of the same plan, or of one of fewer steps; ValueError for another plan's."""
         saved: dict[str, Any] = torch.load(path, weights_only=True)
-        if saved["plan"] != asdict(self.plan):
-            raise ValueError(f"the checkpoint's plan must be {asdict(self.plan)}, got {saved['plan']}")
+        plan = Plan(**saved["plan"])
+        if replace(plan, steps=self.plan.steps) != self.plan or plan.steps > self.plan.steps:
+            raise ValueError(f"the checkpoint's plan must be {asdict(self.plan)} or shorter, got {asdict(plan)}")
         self.model.load_state_dict(saved["model"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self.progress, self.curriculum = Progress(**saved["progress"]), Curriculum(**saved["curriculum"])
+        if plan.steps < self.plan.steps:
+            self.progress.extended.append([self.progress.step, plan.steps])
 
     def _set_rates(self) -> None:
         left = (1 - self.progress.step / self.plan.steps) / _DECAY_SHARE

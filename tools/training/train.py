@@ -33,6 +33,7 @@ _QUICK_PROMPTS = 32
 _EXAMPLES = f"""examples:
   tools/train llama                 train with the shipped recipe and write the shipped model
   tools/train falcon --resume       go on from the last checkpoint of an interrupted run
+  tools/train falcon --resume --steps 8000      or of one that ended, with more steps and the rate up again
   tools/train mistral --seed 1 --output build/mistral-1
   tools/train llama --steps 100     a smoke run: trains, evaluates, fails its check and writes nothing
 
@@ -121,6 +122,7 @@ def make_record(trainer: Trainer, material: Material, figures: Figures, prompt: 
         "shape": shape(trainer.model.config),
         "seed": plan.seed,
         "steps": plan.steps,
+        "extended": trainer.progress.extended,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "tokens_seen": trainer.progress.tokens,
         "seconds": round(trainer.progress.seconds, 1),
