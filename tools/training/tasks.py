@@ -80,7 +80,7 @@ def code_with_facts(rng: np.random.Generator, form: FactFormat, source: Stream, 
     count = int(rng.integers(2, max(4, min(MAX_FACTS, length // (3 * form.width))) + 1))
     facts = form.draw(rng, count)
     lines = [(form.line(facts, fact), form.kind(asked)) for fact, asked in _agenda(rng, count)]
-    return _plant(rng, source, lines, length - len(lines) * form.width)
+    return plant(rng, source, lines, length - len(lines) * form.width)
 
 
 def recall_prompt(rng: np.random.Generator, form: FactFormat, source: Stream, length: int, count: int) -> Sample:
@@ -88,7 +88,7 @@ def recall_prompt(rng: np.random.Generator, form: FactFormat, source: Stream, le
     facts = form.draw(rng, count)
     lines = [(form.line(facts, fact), form.kind(asked=False)) for fact in range(count)]
     question = int(rng.integers(count))
-    body = _plant(rng, source, lines, length - (count + 1) * form.width)
+    body = plant(rng, source, lines, length - (count + 1) * form.width)
     ids = np.concatenate([body.ids, form.line(facts, question)])
     return Sample(ids, np.concatenate([np.full(len(body.ids), IGNORED), form.kind(asked=True)]))
 
@@ -141,7 +141,7 @@ def _agenda(rng: np.random.Generator, count: int) -> list[tuple[int, bool]]:
     return agenda
 
 
-def _plant(rng: np.random.Generator, source: Stream, lines: list[tuple[IntArray, IntArray]], code: int) -> Sample:
+def plant(rng: np.random.Generator, source: Stream, lines: list[tuple[IntArray, IntArray]], code: int) -> Sample:
     """`lines` in their order between the lines of a window of `code` tokens."""
     window = source.window(rng, code)
     places = np.sort(rng.choice(window.line_starts, len(lines)))

@@ -213,13 +213,18 @@ def opened_at_once(residual: Residual, arrivals: Residual) -> Residual:
     return arrivals._replace(opened=opened)
 
 
+def similarity(residual: Tensor, arrival: Tensor) -> Tensor:
+    """Eq. 6's dot product of keys [b, G, R, D] with one key [b, G, 1, D]: [b, G, R]."""
+    return (residual * arrival).sum(-1)
+
+
 def absorb_one(residual: Residual, arrival: Residual) -> Residual:
     """Open a free residual slot, else merge into the one with the largest dot product (eqs. 6, 7; weight 0: nothing).
 
     `arrival` has one slot, [b, G, 1, ...]. Of equal dot products the slot opened first takes it.
     """
     free = residual.weight == 0
-    affinity = (residual.key * arrival.key).sum(-1).masked_fill(free, torch.inf)
+    affinity = similarity(residual.key, arrival.key).masked_fill(free, torch.inf)
     best = affinity == affinity.amax(2, keepdim=True)
     chosen = torch.where(best, residual.opened, NEVER).argmin(2, keepdim=True)
     slot = torch.arange(free.shape[2], device=free.device) == chosen

@@ -1,0 +1,89 @@
+"""`tools/quality`: what compression costs on the shipped models, for every method at every budget.
+
+Writes JSON, tables and plots. Peers are kvpress's presses, run in a virtual environment of their own (made at first
+use) on the same weights and token ids.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from quality_tool import plots, tables
+from quality_tool.material import FULL, QUICK
+from quality_tool.methods import ABLATED_SHARES, ABLATIONS, METHODS, SHARES
+from quality_tool.records import Records
+from quality_tool.session import Session, conditions
+from training.model import FAMILIES
+from training.train import ROOT
+
+RESULTS = ROOT / "tools" / "results"
+_EXAMPLES = """examples:
+  tools/quality                             everything: our methods and kvpress's, all models
+  tools/quality --no-peers --models llama   without the second environment
+  tools/quality --ablations                 one change to the default at a time
+  tools/quality --quick --out /tmp/q.json   a look: four texts and recall prompts
+"""
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "tools/quality", description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=list(FAMILIES), default=list(FAMILIES), metavar="FAMILY")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help=f"ours, of: {', '.join(METHODS)} (all)")
+    parser.add_argument("--shares", nargs="+", type=share, metavar="X", help="budgets as shares of the prompt")
+    parser.add_argument("--ablations", action="store_true", help="single changes to the default instead of methods")
+    parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave out kvpress")
+    parser.add_argument("--quick", action="store_true", help="four texts and four recall prompts")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
+    parser.add_argument("--out", type=Path, help="(tools/results/quality.json or ablations.json)")
+    options = parser.parse_args(arguments)
+    options.out = options.out or RESULTS / ("ablations.json" if options.ablations else "quality.json")
+    if options.out.suffix != ".json" or not options.out.parent.is_dir():
+        parser.error(f"--out must be a .json file in an existing folder, got {options.out}")
+    known = ABLATIONS if options.ablations else METHODS
+    unknown = sorted(set(options.methods or ()) - set(known))
+    if unknown:
+        parser.error(f"--methods must be of {', '.join(known)}, got {', '.join(unknown)}")
+    return options
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0.002 <= value <= 1:  # three slots of the prompt are the smallest budget
+        raise argparse.ArgumentTypeError(f"must be a share in [0.002, 1], got {text}")
+    return value
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options, console = parse_arguments(arguments), Console(highlight=False)
+    torch.set_num_threads(options.threads)
+    size = QUICK if options.quick else FULL
+    given = sys.argv[1:] if arguments is None else arguments
+    records = Records(options.out, conditions(size, options.models, given))
+    known = ABLATIONS if options.ablations else METHODS
+    methods = {name: method for name, method in known.items() if name in (options.methods or known)}
+    shares = options.shares or list(ABLATED_SHARES if options.ablations else SHARES)
+    for family in options.models:
+        session = Session(family, size, records, console)
+        session.ours(methods, shares)
+        if options.ablations:
+            continue
+        if options.peers:
+            from quality_tool import peers
+
+            peers.judge(session, shares)
+        session.survivors()
+    tables.write(records, options.out.with_suffix(".txt"))
+    tables.show(records, console)
+    for path in [options.out, options.out.with_suffix(".txt"), *plots.draw(records, options.out)]:
+        console.print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Our methods and the single changes to the default that the ablations try, as configs of a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import zsmerge_compile as zs
+
+SHARES = (1.0, 0.5, 0.2, 0.1, 0.05)  # of the prompt's tokens
+FULL_CACHE = "full cache"
+
+
+class Method(NamedTuple):
+    """fields of ZSMergeConfig that differ from the default; cosine: eq. 6 by cosine similarity, in the reference."""
+
+    fields: dict[str, Any]
+    cosine: bool = False
+
+    def config(self, budget: int) -> zs.ZSMergeConfig:
+        return zs.ZSMergeConfig(budget, **self.fields)
+
+
+METHODS: dict[str, Method] = {
+    "zsmerge, segment": Method({"merge": "segment"}),
+    "zsmerge, sequential": Method({"merge": "sequential"}),
+    "zsmerge, chunked segment": Method({"merge": "segment", "prefill": "chunked"}),
+    "zsmerge, chunked sequential": Method({"merge": "sequential", "prefill": "chunked"}),
+    "eviction only": Method({"residual": 0}),
+    "H2O": Method({"residual": 0, "decay": 1.0}),
+}
+
+ABLATED_SHARES = (0.2, 0.1, 0.05)
+
+
+def _one_by_one(name: str, values: tuple[Any, ...], make: Callable[[Any], Method] | None = None) -> dict[str, Method]:
+    return {f"{name}={value}": make(value) if make else Method({name: value}) for value in values}
+
+
+# The group's score is a sum; a mean divides all scores of a head by one number and so decides nothing
+# (tests/quality/test_methods.py), which is why it has no row.
+ABLATIONS: dict[str, Method] = {
+    "default": Method({}),
+    **_one_by_one("merge", ("segment", "sequential")),
+    **_one_by_one("proximity", (0.3, 0.4, 0.5, 0.6, 0.7)),
+    **_one_by_one("residual", (0, 0.02, 0.05, 0.1)),
+    **_one_by_one("alpha", (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)),
+    **_one_by_one("decay", (0.9, 0.95, 0.98, 0.99, 1.0)),
+    **_one_by_one("chunk", (128, 256, 512, 1024), lambda size: Method({"prefill": "chunked", "chunk": size})),
+    "residual slot by cosine, segment": Method({"merge": "segment"}, cosine=True),
+    "residual slot by cosine, sequential": Method({"merge": "sequential"}, cosine=True),
+}

@@ -1,0 +1,53 @@
+"""The results file: written after every cell, so that a cut-off run loses little, and read by tables and plots."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+
+
+class Records:
+    """conditions: what the figures hold for; cells: one per model, method and share; survivors: positions kept."""
+
+    def __init__(self, path: Path, conditions: dict[str, Any]) -> None:
+        self.path, self.conditions = path, conditions
+        self.cells: list[dict[str, Any]] = []
+        self.survivors: list[dict[str, Any]] = []
+        self.presses: dict[str, Any] = {}
+
+    def add(self, **cell: Any) -> None:
+        self.cells.append(cell)
+        self.write()
+
+    def write(self) -> None:
+        fields = ("conditions", "cells", "survivors", "presses")
+        whole = {"schema": SCHEMA} | {name: getattr(self, name) for name in fields}
+        draft = self.path.with_suffix(".part")
+        draft.write_text(json.dumps(whole, indent=1) + "\n")
+        draft.replace(self.path)
+
+    @classmethod
+    def read(cls, path: Path) -> Records:
+        raw = json.loads(path.read_text())
+        if raw.get("schema") != SCHEMA:
+            raise SystemExit(f"results must be of schema {SCHEMA}, got {raw.get('schema')} in {path}")
+        records = cls(path, raw["conditions"])
+        records.cells, records.survivors, records.presses = raw["cells"], raw["survivors"], raw["presses"]
+        return records
+
+    def models(self) -> list[str]:
+        return list(dict.fromkeys(cell["model"] for cell in self.cells))
+
+    def methods(self) -> list[str]:
+        return list(dict.fromkeys(cell["method"] for cell in self.cells))
+
+    def shares(self) -> list[float]:
+        return sorted({cell["share"] for cell in self.cells if cell["share"] is not None}, reverse=True)
+
+    def find(self, model: str, method: str, share: float | None) -> dict[str, Any] | None:
+        """The cell, a method without budgets (the full cache) standing for all shares."""
+        fitting = (c for c in self.cells if (c["model"], c["method"]) == (model, method))
+        return next((cell for cell in fitting if cell["share"] in (share, None)), None)

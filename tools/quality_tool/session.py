@@ -1,0 +1,90 @@
+"""One run: every model, method and budget asked for, in turn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from quality_tool import material as materials
+from quality_tool import ours
+from quality_tool.answers import Answers
+from quality_tool.figures import figures
+from quality_tool.material import ASSETS, PROMPT, TRUTH, Material
+from quality_tool.methods import FULL_CACHE, METHODS, Method
+from quality_tool.records import Records
+
+SURVIVORS = ("zsmerge, segment", "eviction only", "H2O"), 0.1  # methods and share whose kept tokens are drawn
+_EVERYTHING = PROMPT + TRUTH + 2 * materials.FACTS  # slots for whatever is fed
+
+
+class Session:
+    """A model, its material, and the full cache's answers that all others are held against."""
+
+    def __init__(self, family: str, size: materials.Size, records: Records, console: Console) -> None:
+        self.family, self.folder = family, ASSETS / f"{family}-stdlib"
+        if not self.folder.exists():
+            raise SystemExit(
+                f"{family} must be a shipped model, got none in {self.folder}; tools/train {family} makes it"
+            )
+        self.model: Any = AutoModelForCausalLM.from_pretrained(self.folder).eval()
+        self.material: Material = materials.make(AutoTokenizer.from_pretrained(self.folder), size)
+        self.records, self.console = records, console
+        self.full: Answers = ours.judge(self.model, Method({"residual": 0}), _EVERYTHING, self.material)
+        self.record(FULL_CACHE, None, self.full)
+
+    def record(self, method: str, share: float | None, answers: Answers) -> None:
+        """Adds one cell, and says so."""
+        told = figures(answers, self.full, self.material)
+        slots = None if share is None else slots_of(share)
+        self.records.add(model=self.family, method=method, share=share, slots=slots, **told)
+        budget = "" if share is None else f" {share:.0%}"
+        loss, recall = told["loss"]["mean"], told["recall"]["mean"]
+        self.console.print(
+            f"{self.family}: {method}{budget}: loss {loss:.3f}, recall {recall:.1%}, {answers.seconds} s"
+        )
+
+    def record_absence(self, method: str, share: float, why: str) -> None:
+        self.records.add(model=self.family, method=method, share=share, slots=slots_of(share), why_not=why)
+        self.console.print(f"{self.family}: {method} {share:.0%}: {why}")
+
+    def ours(self, methods: dict[str, Method], shares: list[float]) -> None:
+        for name, method in methods.items():
+            for share in shares:
+                self.record(name, share, ours.judge(self.model, method, slots_of(share), self.material))
+
+    def survivors(self) -> None:
+        """Which positions of the first text's prompt are kept, per layer and key/value head."""
+        names, share = SURVIVORS
+        for name in names:
+            kept = ours.kept_positions(self.model, METHODS[name], slots_of(share), self.material)
+            entry = dict(model=self.family, method=name, share=share, tokens=PROMPT, kept=kept)
+            self.records.survivors.append(entry)
+        self.records.write()
+
+
+def slots_of(share: float) -> int:
+    """A budget in slots per key/value head."""
+    return round(share * PROMPT)
+
+
+def conditions(size: materials.Size, families: list[str], arguments: list[str]) -> dict[str, Any]:
+    """What the figures hold for."""
+    from training.publish import environment
+
+    told: dict[str, Any] = {"command": " ".join(("tools/quality", *arguments)), **environment(), "dtype": "float32"}
+    told |= {"prompt tokens": PROMPT, "continuation tokens": TRUTH, "texts": size.texts}
+    told |= {"recall prompts": size.recalls, "facts and questions in each": materials.FACTS}
+    weak = {family: _weak(ASSETS / f"{family}-stdlib") for family in families}
+    told["recall of the full cache below 95% in training's check"] = weak if any(weak.values()) else "nowhere"
+    torch.set_grad_enabled(False)
+    return told
+
+
+def _weak(folder: Path) -> list[str]:
+    rows = json.loads((folder / "training.json").read_text())["recall"]
+    return [f"{r['facts']} facts, {r['length']} tokens, keys of {r['key_tokens']}" for r in rows if r["share"] < 0.95]
