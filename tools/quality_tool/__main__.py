@@ -1,6 +1,6 @@
 """`tools/quality`: what compression costs on the shipped models, for every method at every budget.
 
-Writes JSON, tables and plots. Peers are kvpress's presses, run in a virtual environment of their own (made at first
+Writes JSON, tables and plots; models left out keep what an earlier run wrote. Peers are kvpress's presses, run in a virtual environment of their own (made at first
 use) on the same weights and token ids.
 """
 
@@ -65,12 +65,12 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     size = QUICK if options.quick else FULL
     given = sys.argv[1:] if arguments is None else arguments
-    records = Records(options.out, conditions(size, options.models, given))
+    records = Records.read(options.out) if options.out.exists() else Records(options.out)
     known = ABLATIONS if options.ablations else METHODS
     methods = {name: method for name, method in known.items() if name in (options.methods or known)}
     shares = options.shares or list(ABLATED_SHARES if options.ablations else SHARES)
     for family in options.models:
-        session = Session(family, size, records, console)
+        session = Session(family, size, records, conditions(size, family, given), console)
         session.ours(methods, shares)
         if options.ablations:
             continue

@@ -6,17 +6,27 @@ import json
 from pathlib import Path
 from typing import Any
 
+from training.model import FAMILIES
+
 SCHEMA = 1
 
 
 class Records:
-    """conditions: what the figures hold for; cells: one per model, method and share; survivors: positions kept."""
+    """conditions: model -> what its figures hold for; cells: one per model, method and share; survivors: positions
+    kept; presses: kvpress's versions and settings. Models that a run leaves out keep what an earlier run found."""
 
-    def __init__(self, path: Path, conditions: dict[str, Any]) -> None:
-        self.path, self.conditions = path, conditions
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.conditions: dict[str, dict[str, Any]] = {}
         self.cells: list[dict[str, Any]] = []
         self.survivors: list[dict[str, Any]] = []
         self.presses: dict[str, Any] = {}
+
+    def begin(self, model: str, conditions: dict[str, Any]) -> None:
+        """Forgets what an earlier run found of this model."""
+        self.conditions[model] = conditions
+        self.cells = [cell for cell in self.cells if cell["model"] != model]
+        self.survivors = [entry for entry in self.survivors if entry["model"] != model]
 
     def add(self, **cell: Any) -> None:
         self.cells.append(cell)
@@ -34,12 +44,13 @@ class Records:
         raw = json.loads(path.read_text())
         if raw.get("schema") != SCHEMA:
             raise SystemExit(f"results must be of schema {SCHEMA}, got {raw.get('schema')} in {path}")
-        records = cls(path, raw["conditions"])
-        records.cells, records.survivors, records.presses = raw["cells"], raw["survivors"], raw["presses"]
+        records = cls(path)
+        for name in ("conditions", "cells", "survivors", "presses"):
+            setattr(records, name, raw[name])
         return records
 
     def models(self) -> list[str]:
-        return list(dict.fromkeys(cell["model"] for cell in self.cells))
+        return sorted({cell["model"] for cell in self.cells}, key=list(FAMILIES).index)
 
     def methods(self) -> list[str]:
         return list(dict.fromkeys(cell["method"] for cell in self.cells))

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,6 +16,7 @@ from quality_tool.figures import figures
 from quality_tool.material import ASSETS, PROMPT, TRUTH, Material
 from quality_tool.methods import FULL_CACHE, METHODS, Method
 from quality_tool.records import Records
+from training.publish import environment
 
 SURVIVORS = ("zsmerge, segment", "eviction only", "H2O"), 0.1  # methods and share whose kept tokens are drawn
 _EVERYTHING = PROMPT + TRUTH + 2 * materials.FACTS  # slots for whatever is fed
@@ -25,7 +25,9 @@ _EVERYTHING = PROMPT + TRUTH + 2 * materials.FACTS  # slots for whatever is fed
 class Session:
     """A model, its material, and the full cache's answers that all others are held against."""
 
-    def __init__(self, family: str, size: materials.Size, records: Records, console: Console) -> None:
+    def __init__(
+        self, family: str, size: materials.Size, records: Records, conditions: dict[str, Any], console: Console
+    ) -> None:
         self.family, self.folder = family, ASSETS / f"{family}-stdlib"
         if not self.folder.exists():
             raise SystemExit(
@@ -34,6 +36,7 @@ class Session:
         self.model: Any = AutoModelForCausalLM.from_pretrained(self.folder).eval()
         self.material: Material = materials.make(AutoTokenizer.from_pretrained(self.folder), size)
         self.records, self.console = records, console
+        records.begin(family, conditions)
         self.full: Answers = ours.judge(self.model, Method({"residual": 0}), _EVERYTHING, self.material)
         self.record(FULL_CACHE, None, self.full)
 
@@ -72,17 +75,14 @@ def slots_of(share: float) -> int:
     return round(share * PROMPT)
 
 
-def conditions(size: materials.Size, families: list[str], arguments: list[str]) -> dict[str, Any]:
-    """What the figures hold for."""
-    from training.publish import environment
-
+def conditions(size: materials.Size, family: str, arguments: list[str]) -> dict[str, Any]:
+    """What a model's figures hold for."""
     told: dict[str, Any] = {"command": " ".join(("tools/quality", *arguments)), **environment(), "dtype": "float32"}
     told |= {"prompt tokens": PROMPT, "continuation tokens": TRUTH, "texts": size.texts}
     told |= {"recall prompts": size.recalls, "facts and questions in each": materials.FACTS}
-    weak = {family: _weak(ASSETS / f"{family}-stdlib") for family in families}
-    told["recall of the full cache below 95% in training's check"] = weak if any(weak.values()) else "nowhere"
-    torch.set_grad_enabled(False)
-    return told
+    return told | {
+        "recall of the full cache below 95% at": _weak(ASSETS / f"{family}-stdlib") or "no length trained on"
+    }
 
 
 def _weak(folder: Path) -> list[str]:

@@ -26,10 +26,11 @@ def write(records: Records, path: Path) -> None:
 
 
 def show(records: Records, out: Console) -> None:
-    for name, value in records.conditions.items():
-        out.print(f"{name}: {value}", soft_wrap=True, highlight=False, markup=False)
-    out.print("in brackets: 95% bootstrap intervals over texts or recall prompts\n", markup=False)
     for model in records.models():
+        out.print(f"\n{model}", highlight=False)
+        for name, value in records.conditions[model].items():
+            out.print(f"  {name}: {value}", soft_wrap=True, highlight=False, markup=False)
+        out.print("  in brackets: 95% bootstrap intervals over texts or recall prompts\n", markup=False)
         for measure, title in MEASURES.items():
             out.print(table(records, model, measure, title))
 
