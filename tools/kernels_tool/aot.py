@@ -19,7 +19,8 @@ from rich.progress import track
 from rich.table import Table
 
 from kernels_tool.compiling import Launch, compile_for, needs
-from kernels_tool.variants import DTYPES, SHAPES, launches
+from kernels_tool.shapes import SHAPES
+from kernels_tool.variants import DTYPES, launches
 from zsmerge_compile.ops.triton.blocks import SHARED_MEMORY
 
 PROCESSORS = {80: 108, 90: 132}  # A100, H100: they set the grid, and with it a few constants of the finish kernel
@@ -37,6 +38,9 @@ def run(options: argparse.Namespace) -> int:
     ]
     done: dict[str, dict[str, Any]] = {}
     rows = [row for job in track(jobs, "compiling", console=console) for row in _rows(*job, options.kernel, done)]
+    if not rows:
+        console.print("no variant is compiled for what was asked: nothing is written", style="red")
+        return 1
     report = {
         "conditions": {
             "triton": triton.__version__,

@@ -1,5 +1,7 @@
 """Time the decode kernels over block sizes on this GPU, and write the table that `ops/triton/blocks.py` reads.
 
+The prefill kernels are not swept: their blocks are the rule's.
+
 For every shape the caches are full and larger than the L2 cache together, as they are in a model: a step's time is
 that of a CUDA graph of steps over many layers' caches, divided by their number. A candidate is timed only if one step
 agrees with the reference. Entries of shapes that were not asked for are kept.
@@ -10,11 +12,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +26,8 @@ import triton
 from rich.console import Console
 from torch import Tensor
 
-from kernels_tool.variants import DTYPES, SHAPES, Shape, layer
+from kernels_tool.shapes import SHAPES, Shape
+from kernels_tool.variants import DTYPES, layer
 from zsmerge_compile.ops import reference
 from zsmerge_compile.ops.state import Rule, State
 from zsmerge_compile.ops.triton import blocks, launch_decode
@@ -50,19 +55,30 @@ def run(options: argparse.Namespace) -> int:
         console.print("tune must be run on a CUDA device, got none; `tools/kernels aot` needs none", style="red")
         return 1
     target = options.out or blocks.TABLE
-    table = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {"decode": {}}
     arch, processors = launch_decode.device_facts(torch.cuda.current_device())
+    failed = False
     for model, name in itertools.product(options.model or SHAPES, options.dtype or DTYPES):
         shape, dtype = SHAPES[model], DTYPES[name]
-        group = shape.heads // shape.kv_heads
-        key = blocks.shape_key(dtype.itemsize, shape.head_dim, group, arch)
+        key = blocks.shape_key(dtype.itemsize, shape.head_dim, shape.heads // shape.kv_heads, arch)
         sizes = list(itertools.product(options.slots, options.batch))
-        best, report = sweep(shape, dtype, sizes, processors, console)
+        times = sweep(shape, dtype, sizes, processors, console)
+        best = best_of(times)
+        if best is None:
+            console.print(f"{model} {name}: {key}: no blocks gave the reference's result at every size", style="red")
+            failed = True
+            continue
+        report = {"sizes": told(shape, dtype, sizes, times, best), "candidates": len(times)}
         console.print(f"{model} {name}: {key}: {best}\n{json.dumps(report, indent=1)}", soft_wrap=True)
-        table["decode"][key] = asdict(best)
-        table.setdefault("measured", {})[key] = report | conditions()
-        target.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    return 0
+        write_entry(target, key, best, report | conditions())
+    return 1 if failed else 0
+
+
+def write_entry(target: Path, key: str, best: blocks.DecodeBlocks, measured: dict[str, Any]) -> None:
+    """One shape's entry, in place of an earlier one; the others stay."""
+    table = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {}
+    table.setdefault("decode", {})[key] = asdict(best)
+    table.setdefault("measured", {})[key] = measured
+    target.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
 def conditions() -> dict[str, str]:
@@ -90,13 +106,14 @@ def candidates(itemsize: int, head_dim: int, group: int) -> Iterator[blocks.Deco
             yield replace(start, tile=tile, finish_warps=warps)
 
 
-def sweep(
-    shape: Shape, dtype: torch.dtype, sizes: list[tuple[int, int]], processors: int, console: Console
-) -> tuple[blocks.DecodeBlocks, dict[str, Any]]:
-    """The blocks with the least mean of (time / the rule's time) over all sizes (slots, batch)."""
+Times = dict[blocks.DecodeBlocks, list[float]]  # milliseconds at each size; infinite where the result is wrong
+
+
+def sweep(shape: Shape, dtype: torch.dtype, sizes: list[tuple[int, int]], processors: int, console: Console) -> Times:
+    """Every candidate at every size (slots, batch), the rule's first."""
     group = shape.heads // shape.kv_heads
-    found = list(dict.fromkeys(candidates(dtype.itemsize, shape.head_dim, group)))
-    times: dict[blocks.DecodeBlocks, list[float]] = {candidate: [] for candidate in found}
+    found = dict.fromkeys(candidates(dtype.itemsize, shape.head_dim, group))
+    times: Times = {candidate: [] for candidate in found}
     for slots, batch in sizes:
         layers = full_layers(shape, dtype, slots, batch)
         for candidate in found:
@@ -110,17 +127,30 @@ def sweep(
             times[candidate].append(milliseconds)
         del layers
         torch.cuda.empty_cache()
-    base = times[found[0]]
-    best = min(found, key=lambda c: statistics.mean(t / b for t, b in zip(times[c], base, strict=True)))
-    rows = {
+    return times
+
+
+def best_of(times: Times) -> blocks.DecodeBlocks | None:
+    """The least mean of (time / the best time at that size) over all sizes; None where none was right at each."""
+    least = [min(column) for column in zip(*times.values(), strict=True)]
+    right = [candidate for candidate, row in times.items() if all(math.isfinite(t) for t in row)]
+    return min(right, key=lambda c: statistics.mean(t / b for t, b in zip(times[c], least, strict=True)), default=None)
+
+
+def told(
+    shape: Shape, dtype: torch.dtype, sizes: list[tuple[int, int]], times: Times, best: blocks.DecodeBlocks
+) -> dict[str, dict[str, float | None]]:
+    """For each size: the rule's time (None where it does not fit or is wrong) and the best's, and its GB/s."""
+    rule = next(iter(times.values()))
+    one = 2 * shape.kv_heads * shape.head_dim * dtype.itemsize  # bytes of a slot's keys and values
+    return {
         f"{slots} slots, batch {batch}": {
-            "rule_ms": rule_ms,
+            "rule_ms": rule_ms if math.isfinite(rule_ms) else None,
             "best_ms": best_ms,
-            "best_gb_per_s": 2 * batch * shape.kv_heads * slots * shape.head_dim * dtype.itemsize / best_ms / 1e6,
+            "best_gb_per_s": batch * slots * one / best_ms / 1e6,
         }
-        for (slots, batch), rule_ms, best_ms in zip(sizes, base, times[best], strict=True)
+        for (slots, batch), rule_ms, best_ms in zip(sizes, rule, times[best], strict=True)
     }
-    return best, {"sizes": rows, "candidates": len(found)}
 
 
 def full_layers(shape: Shape, dtype: torch.dtype, slots: int, batch: int) -> Layers:

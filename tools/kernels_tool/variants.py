@@ -1,37 +1,15 @@
-"""The layer shapes that the kernels are compiled and tuned for, and their launches on tensors without memory."""
+"""The layers of `shapes.py` as states and rules, and the kernels' launches on tensors without memory."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 
 from kernels_tool.compiling import Launch, recording
+from kernels_tool.shapes import Shape
 from zsmerge_compile.ops.state import LayerLayout, Rule, State, allocate
 from zsmerge_compile.ops.triton import blocks, launch_decode, launch_extend, launch_fold
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-class Shape(NamedTuple):
-    """One model's attention layer."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    window: int | None = None
-    alibi: bool = False
-
-
-SHAPES = {
-    "LLaMA-2-7B": Shape(32, 32, 128),
-    "LLaMA-3-8B": Shape(32, 8, 128),
-    "Mistral-7B": Shape(32, 8, 128, window=4096),
-    "Falcon-7B": Shape(71, 1, 64),
-    "Falcon-40B": Shape(128, 8, 64),
-    "Falcon-RW-1B": Shape(32, 32, 64, alibi=True),
-    "head-dim-256": Shape(8, 1, 256),
-}
 
 
 def layer(

@@ -1,7 +1,8 @@
 """Block sizes by shape: a rule for every shape, and a table of measured ones that overrides it.
 
-`tools/kernels tune` measures on a GPU and writes the table, `blocks.json` beside this file, with the hardware and the
-versions it was measured on. Nothing is tuned at the first call. This file imports no triton.
+`tools/kernels tune` measures the decode kernels on a GPU and writes the table, `blocks.json` beside this file, with
+the hardware and the versions it was measured on. It does not sweep the prefill kernels: they have the rule's blocks,
+unless somebody writes an "extend" entry by hand. Nothing is tuned at the first call. This file imports no triton.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def decode_blocks(itemsize: int, head_dim: int, group: int, arch: int) -> Decode
 
 
 def extend_blocks(itemsize: int, head_dim: int, arch: int) -> ExtendBlocks:
-    """The measured prefill blocks of a shape on an architecture, else the rule's."""
+    """The rule's prefill blocks, but for a shape and an architecture with an entry in the table (`tune` makes none)."""
     found = measured("extend").get(shape_key(itemsize, head_dim, 1, arch))
     return ExtendBlocks(**found) if found else extend_rule(itemsize, head_dim)
 
