@@ -82,3 +82,21 @@ def test_the_cpu_preset_covers_the_specification() -> None:
         assert {r[4] for r in rows if r[:2] == ("decode", "zsmerge") and r[3] == context and r[2] == 1} == {
             round(context * share) for share in presets.SHARES
         }
+    for batch in (8, 16):  # tools/README.md says so
+        assert {r[1] for r in rows if r[0] == "decode" and r[2:4] == (batch, 4096)} == {"dynamic", "static", "zsmerge"}
+        assert {r[4] for r in rows if r[:3] == ("decode", "zsmerge", batch)} == {205, 819}
+
+
+def test_a_step_is_measured_with_layers_outlined_and_not() -> None:
+    """On a CPU with all twelve layers, side by side."""
+    groups = presets.groups(presets.default_suites(Choice(gpu=False)), Choice(gpu=False))
+    (group,) = (group for group in groups if group.suite == "outline")
+    assert group.shape.depth == 12 and [row.outline for row in group.rows] == [True, False]
+    assert len({row.compiled for row in group.rows}) == 2 and group.rows[0].budget == group.rows[1].budget
+
+
+def test_table1_is_chosen_by_model_and_batch() -> None:
+    for suite in (presets.table, presets.static_table):
+        assert {group.shape.name for group in suite(Choice(gpu=True, batches=(16,)))} == {"llama-2-7b", "llama-2-13b"}
+        assert suite(Choice(gpu=True, model="llama-125m")) == []
+    assert presets.families(Choice(gpu=True, model="llama-3-8b")) == []

@@ -8,8 +8,19 @@ from typing import Any
 
 from zsmerge_compile.bench import our_steps, transformers_steps
 from zsmerge_compile.bench.check import Verdict, check_decode, check_extend
-from zsmerge_compile.bench.rows import Row
+from zsmerge_compile.bench.rows import OURS, Row
 from zsmerge_compile.bench.timing import Step
+
+CHECKS = {"decode": check_decode, "extend": check_extend}
+# the cache ops that a row of ours runs; a plain one runs none
+OPS = {
+    "zsmerge": ("decode",),
+    "op": ("decode",),
+    "prompt-full": ("extend",),
+    "prompt-chunked": ("extend",),
+    "loop": ("extend", "decode"),
+    "generate": ("extend", "decode"),
+}
 
 
 class Builder:
@@ -24,6 +35,13 @@ class Builder:
         self._model, self._verdicts, self._say = model, verdicts, say
         self._shared: dict[object, Any] = {}
 
+    @staticmethod
+    def cache_of(row: Row) -> object:
+        """Rows that are equal in this run on one cache, which the first of them makes."""
+        if row.method not in OURS:
+            return row
+        return "prompts" if row.method in ("prompt-full", "loop", "generate") else row.method, *row.compiled
+
     def step(self, row: Row) -> Step:
         """The row's step, ready to run; raises what building it raises."""
         theirs = {
@@ -35,14 +53,12 @@ class Builder:
             return theirs[row.method](self._model, row)
         if row.method in ("op", "op-plain"):
             program = self._once(("program", row.batch, row.budget), lambda: our_steps.program(self._model, row))
-            if row.method == "op":
-                self.checks[row] = self._checked(row, program)
+            self._check(row, program)
             return our_steps.op_step(program, row)
-        kind = "prompts" if row.method in ("prompt-full", "loop", "generate") else row.method
-        key = (kind, row.batch, row.budget, row.merge)
-        full: our_steps.Full = self._once(key, lambda: our_steps.Full(our_steps.compiled_model(self._model, row)))
-        if row.method != "plain":
-            self.checks[row] = self._checked(row, full.compiled.program)
+        full: our_steps.Full = self._once(
+            self.cache_of(row), lambda: our_steps.Full(our_steps.compiled_model(self._model, row))
+        )
+        self._check(row, full.compiled.program)
         ours: dict[str, Callable[[], Step]] = {
             "zsmerge": lambda: full.step(row),
             "plain": lambda: full.plain_step(row),
@@ -58,14 +74,19 @@ class Builder:
             self._shared[key] = make()
         return self._shared[key]
 
-    def _checked(self, row: Row, program: Any) -> Verdict:
-        """Each op once per head shape, dtype, batch and size of cache (to a factor of four)."""
+    def _check(self, row: Row, program: Any) -> None:
+        """All ops that the row runs."""
+        found = [self._verdict(op, row, program) for op in OPS.get(row.method, ())]
+        if found:
+            self.checks[row] = Verdict(all(v.ok for v in found), "; ".join(v.text for v in found))
+
+    def _verdict(self, op: str, row: Row, program: Any) -> Verdict:
+        """Each op once per head shape, dtype, batch and size of cache (to a factor of four) or merge rule."""
         layout = program.layouts[0]
-        prompt = row.method.startswith("prompt")
-        size = row.merge if prompt else math.ceil(math.log(layout.slots, 4))
+        variant = row.merge if op == "extend" else math.ceil(math.log(layout.slots, 4))
         shape = (layout.heads, layout.kv_heads, layout.head_dim, program.dtype, program.batch_size)
-        key = (prompt, size, *shape)
+        key = (op, variant, *shape)
         if key not in self._verdicts:
-            self._say(f"checking the {'extend' if prompt else 'decode'} op against ops.reference")
-            self._verdicts[key] = (check_extend if prompt else check_decode)(program)
+            self._say(f"checking the {op} op against ops.reference")
+            self._verdicts[key] = CHECKS[op](program)
         return self._verdicts[key]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from zsmerge_compile.bench import machine, plots, presets, report
-from zsmerge_compile.bench.presets import Choice
-from zsmerge_compile.bench.records import FAILED, SKIPPED, Record, Results, red
-from zsmerge_compile.bench.rows import Group, fits
-from zsmerge_compile.bench.session import Session, facts
+from zsmerge_compile.bench import machine, plots, report
+from zsmerge_compile.bench.plan import listing, missing, planned, unmeasured
+from zsmerge_compile.bench.records import FAILED, Results, red
+from zsmerge_compile.bench.rows import Group
+from zsmerge_compile.bench.session import Session
 from zsmerge_compile.cli.console import console, notes
 from zsmerge_compile.errors import InputError, must
 
@@ -23,86 +23,85 @@ OURS = ("zsmerge", "prompt-full", "prompt-chunked", "loop", "generate", "op", "c
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print and write; 1 where an op check is red or a row of ours failed."""
-    device = torch.device(options.device or "cpu") if options.blank else find_device(options.device)
-    choice = _choice(options, device)
-    groups = presets.groups(options.suite or presets.default_suites(choice), choice)
-    if options.list:
-        for line in _plan(groups, device):
-            console().print(line, markup=False, soft_wrap=True)
-        return 0
+    started = time.monotonic()
+    device = find_device(options.device, there=not options.blank)
+    groups = planned(options, device)
+    if not options.list:
+        check_out(options.out)
     if options.blank:
-        return _blank(groups, device, options.out)
+        write(Results(options.out, [], unmeasured(groups, device)))
+        return 0
     if options.threads:
         torch.set_num_threads(options.threads)
-    started = time.monotonic()
-    conditions = machine.conditions(device, sys.argv[1:])
-    results = Results.open(options.out, conditions, options.append)
+    command = " ".join(("zsmerge-compile", *sys.argv[1:]))
+    results = Results.open(options.out, command, machine.conditions(device), options.append)
+    if options.missing:
+        groups = _left(groups, results, device, options)
+    if options.list:
+        for line in listing(groups, device, machine.usable_memory(device)):
+            console().print(line, markup=False, soft_wrap=True)
+        return 0
+    if not groups:
+        notes().print(f"{options.out} has every row that fits this machine", markup=False, soft_wrap=True)
+        return 0
+    deadline = None if options.minutes is None else started + 60 * options.minutes
+    return _measure(groups, results, device, started, deadline)
+
+
+def _measure(
+    groups: list[Group], results: Results, device: torch.device, started: float, deadline: float | None
+) -> int:
     said = notes()
 
     def say(text: str) -> None:
         said.print(f"[{time.monotonic() - started:6.1f} s] {text}", markup=False, soft_wrap=True)
 
-    deadline = None if options.minutes is None else started + 60 * options.minutes
     session = Session(device, results, say, deadline)
     for group in groups:
         session.run(group)
         write(results)
     report.show(results, console())
-    drawn = write(results)
-    said.print(f"written: {options.out} and .txt" + (", .png" if drawn else "; plots need matplotlib"), soft_wrap=True)
+    said.print(f"written: {results.path} and {write(results)}", markup=False, soft_wrap=True)
     wrong = [r for r in results.records if r.status == FAILED and r.method in OURS]
     return 1 if red(results.records) or wrong else 0
 
 
-def write(results: Results) -> bool:
-    """The JSON, its tables as .txt and its plots as .png beside it; whether there is a .png."""
+def _left(groups: list[Group], results: Results, device: torch.device, options: argparse.Namespace) -> list[Group]:
+    if not options.append:
+        raise InputError(must("--missing", "given with --append", "it alone"))
+    return missing(groups, results, results.run.machine, device, machine.usable_memory(device))
+
+
+def write(results: Results) -> str:
+    """The JSON, its tables as .txt and its plots as .png beside it; what there is beside the JSON, in words."""
     results.save()
     report.write_text(results, results.path.with_suffix(".txt"))
-    return plots.draw(results.records, results.path.with_suffix(".png"))
+    if not plots.installed():
+        return ".txt; plots need matplotlib"
+    return ".txt and .png" if plots.draw(results.records, results.path.with_suffix(".png")) else ".txt; nothing to plot"
 
 
-def _blank(groups: list[Group], device: torch.device, out: Path) -> int:
-    """A file of rows that are all still to be measured, so that what a later run doesn't reach is seen."""
-    rows = [(group, row) for group in groups for row in group.rows]
-    made = [Record(**facts(group, row, device), status=SKIPPED, reason="not measured") for group, row in rows]
-    unique = {record.key: record for record in made}  # suites overlap
-    write(Results(out, {"device": "not measured"}, None, list(unique.values())))
-    return 0
+def check_out(path: Path) -> None:
+    """Raises InputError where results cannot be written there, or tables beside them would overwrite them."""
+    if path.suffix != ".json":
+        raise InputError(must("--out", "a file whose name ends in .json (tables and plots go beside it)", path))
+    if path.is_dir():
+        raise InputError(must("--out", "a file", f"the folder {path}"))
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(must("--out", "in a folder that can be written to", folder))
 
 
-def find_device(name: str | None) -> torch.device:
-    """The device asked for, or the GPU where there is one; raises InputError where it is not there."""
-    gpu = torch.cuda.is_available()
-    device = torch.device(name or ("cuda" if gpu else "cpu"))
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not gpu):
-        raise InputError(must("--device", "cuda (where torch finds one) or cpu", name))
+def find_device(name: str | None, there: bool = True) -> torch.device:
+    """The device asked for, else the GPU where there is one; raises InputError where `there` and it is not."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    text = name or ("cuda" if count else "cpu")
+    expected = "cuda (where torch finds one) or cpu"
+    try:
+        device = torch.device(text)
+    except RuntimeError:  # torch's own list of devices is long
+        raise InputError(must("--device", expected, name)) from None
+    known = device.type == "cpu" or (device.type == "cuda" and (not there or (device.index or 0) < count))
+    if not known:
+        raise InputError(must("--device", expected, name))
     return device
-
-
-def _choice(options: argparse.Namespace, device: torch.device) -> Choice:
-    def several(values: list[int] | None) -> tuple[int, ...] | None:
-        return tuple(values) if values else None
-
-    return Choice(
-        gpu=device.type == "cuda",
-        quick=options.quick,
-        model=options.model,
-        layers=options.layers,
-        dtype=getattr(torch, options.dtype) if options.dtype else None,
-        batches=several(options.batches),
-        contexts=several(options.contexts),
-        budgets=several(options.budgets),
-        rounds=options.rounds,
-    )
-
-
-def _plan(groups: list[Group], device: torch.device) -> Iterator[str]:
-    """What would be measured: a line per group, one per row."""
-    memory = machine.usable_memory(device)
-    for group in groups:
-        model = f"{group.shape.name}, {group.shape.depth} layers, {str(group.dtype).removeprefix('torch.')}"
-        yield f"{group.suite}: {model}, about {group.seconds(device):.0f} s"
-        for row in group.rows:
-            need = fits(group, row, memory) or f"{group.need(row) / 2**30:.1f} GiB"
-            yield f"    batch {row.batch}, {row.context:,} tokens, {row.label()}: {need}"
-    yield f"in all about {sum(group.seconds(device) for group in groups) / 60:.0f} minutes"

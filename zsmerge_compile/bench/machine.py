@@ -17,8 +17,8 @@ from zsmerge_compile.bench.timing import Plan, Step, measure
 RESERVE = 0.06  # of the memory is left to the allocator, the compiler and what else runs
 
 
-def conditions(device: torch.device, arguments: Sequence[str]) -> dict[str, Any]:
-    """Hardware, versions, how busy the machine was at the start, and the command line."""
+def conditions(device: torch.device) -> dict[str, Any]:
+    """Hardware, versions, and how busy the machine was at the start."""
     import transformers
 
     import zsmerge_compile
@@ -36,7 +36,6 @@ def conditions(device: torch.device, arguments: Sequence[str]) -> dict[str, Any]
         "transformers": transformers.__version__,
         "zsmerge_compile": zsmerge_compile.__version__,
         "load": round(os.getloadavg()[0], 2),
-        "command": " ".join(("zsmerge-compile", *arguments)),
     }
 
 
@@ -49,7 +48,12 @@ def total_memory(device: torch.device) -> int:
 
 def usable_memory(device: torch.device) -> int:
     """Bytes that a benchmark may plan with, its model's weights included."""
-    return int((total_memory(device) if device.type == "cuda" else _available()) * (1 - RESERVE))
+    return usable(total_memory(device) if device.type == "cuda" else _available())
+
+
+def usable(memory: int) -> int:
+    """Of so many bytes, those that a benchmark may plan with."""
+    return int(memory * (1 - RESERVE))
 
 
 def free_memory(device: torch.device) -> int:

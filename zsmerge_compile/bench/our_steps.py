@@ -31,10 +31,11 @@ def compiled_model(model: Any, row: Row) -> Any:
     assert row.budget is not None
     chunked = row.method == "prompt-chunked"
     config = zs.ZSMergeConfig(budget=row.budget, merge=row.merge, prefill="chunked" if chunked else "full", chunk=CHUNK)
+    options: dict[str, Any] = {} if row.outline is None else {"outline": row.outline}
     if row.method != "plain":
-        return zs.compile(model, config, batch_size=row.batch)
+        return zs.compile(model, config, batch_size=row.batch, **options)
     with instead(contracts.DECODE, PLAIN):
-        return zs.compile(model, config, batch_size=row.batch)
+        return zs.compile(model, config, batch_size=row.batch, **options)
 
 
 def program(model: Any, row: Row) -> Any:
@@ -126,11 +127,15 @@ def loop_step(compiled: Any, row: Row) -> Step:
 
 
 def generate_step(compiled: Any, row: Row) -> Step:
-    """`CompiledModel.generate`, greedy, of the same prompt length and as many tokens."""
+    """`CompiledModel.generate`, greedy, of the same prompt length and as many tokens.
+
+    Its end token is none of the vocabulary: nothing ever ends, but `generate` has to look, as it has to for a user.
+    """
     ids = _ids(compiled, row.batch, PROMPT)
+    never = compiled.program.spec.vocab_size
 
     def run() -> None:
-        compiled.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False).tolist()
+        compiled.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=never, pad_token_id=0).tolist()
 
     return _loop(compiled, row, run)
 

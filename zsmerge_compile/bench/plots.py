@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,13 +24,16 @@ ACROSS = {
 WIDE = 3  # plots abreast
 
 
+def installed() -> bool:
+    """Whether there is matplotlib."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def draw(records: Iterable[Record], path: Path) -> bool:
-    """Write the picture; False where matplotlib is not installed or nothing was measured."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return False
+    """Write the picture; False where there is nothing to draw. matplotlib must be installed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     plots = _plots(records)
     if not plots:
         return False

@@ -10,7 +10,7 @@ import torch
 from zsmerge_compile.bench import shapes
 from zsmerge_compile.bench.rows import Group, Row
 from zsmerge_compile.bench.shapes import Shape
-from zsmerge_compile.bench.table1 import PAPER
+from zsmerge_compile.bench.table1 import PAPER, Workload
 from zsmerge_compile.bench.timing import Plan
 
 K = 1024
@@ -85,19 +85,17 @@ def _models(choice: Choice) -> tuple[str, ...]:
 
 
 def decode(choice: Choice) -> list[Group]:
-    """transformers' caches and ours at full budget and at 20, 10 and 5%."""
+    """transformers' caches and ours at full budget and at 20, 10 and 5%; a CPU has 4k and two budgets for more rows."""
     shape = choice.shape("llama-125m", "llama-3-8b", QUICK if choice.quick and not choice.gpu else None)
     contexts = choice.contexts or (4 * K, 16 * K, 54 * K, *((128 * K,) if choice.gpu else ()))
     if choice.quick and not choice.contexts:
         contexts = (4 * K,)
     groups = []
-    for batch in choice.batches or ((1, 8, 16) if choice.gpu else (1,) if choice.quick else (1, 8)):
+    for batch in choice.batches or ((1,) if choice.quick and not choice.gpu else (1, 8, 16)):
         for context in contexts if choice.gpu or batch == 1 or choice.batches else contexts[:1]:
             shares = (0.05, 0.20) if choice.quick or (batch > 1 and not choice.gpu) else SHARES
             ours = [Row("zsmerge", batch, context, _budget(context, share), share) for share in shares]
-            theirs = [Row("dynamic", batch, context)]
-            if choice.gpu or batch == 1:
-                theirs.append(Row("static", batch, context))
+            theirs = [Row(method, batch, context) for method in ("dynamic", "static")]
             groups.append(Group("decode", shape, choice.type(), (*theirs, *ours), choice.plan()))
     return groups
 
@@ -125,9 +123,7 @@ def figure3(choice: Choice) -> list[Group]:
 def table(choice: Choice) -> list[Group]:
     """Every row of the paper's Table 1; ours at 5% of the prompt's tokens."""
     groups = []
-    for work in PAPER:
-        if choice.model and choice.model != work.model:
-            continue
+    for work in _workloads(choice):
         shape, budget = shapes.named(work.model, choice.layers), _budget(work.prompt, 0.05)
         lengths = work.lengths()
         steps = [Row("zsmerge", work.batch, length, budget, 0.05) for length in lengths]
@@ -139,14 +135,19 @@ def table(choice: Choice) -> list[Group]:
     return groups
 
 
+def _workloads(choice: Choice) -> list[Workload]:
+    """Rows of Table 1, of the model and the batches asked for."""
+    batches = choice.batches or {work.batch for work in PAPER}
+    return [work for work in PAPER if choice.model in (None, work.model) and work.batch in batches]
+
+
 def static_table(choice: Choice) -> list[Group]:
     """Table 1 with a compiled StaticCache as long as the whole text, which attends to all of it at every step."""
     groups = []
-    for work in PAPER:
+    for work in _workloads(choice):
         rows = (Row("static", work.batch, work.prompt + work.new),)
-        if not choice.model or choice.model == work.model:
-            shape = shapes.named(work.model, choice.layers)
-            groups.append(Group("table1", shape, choice.type(), rows, choice.plan(4), work.name))
+        shape = shapes.named(work.model, choice.layers)
+        groups.append(Group("table1", shape, choice.type(), rows, choice.plan(4), work.name))
     return groups
 
 
@@ -177,19 +178,31 @@ def generate(choice: Choice) -> list[Group]:
     return [Group("generate", shape, choice.type(), tuple(rows), Plan(rounds=choice.rounds or 5, warmup=1))]
 
 
+def outline(choice: Choice) -> list[Group]:
+    """What it costs a step to compile alike layers once and call the result for each: the same model both ways."""
+    shape = choice.shape("llama-125m", "llama-3-8b", PARTIAL if choice.gpu else QUICK if choice.quick else None)
+    budget = (choice.budgets or (1023,))[0]
+    rows = tuple(Row("zsmerge", 1, 4 * (budget + 1), budget, outline=how) for how in (True, False))
+    return [Group("outline", shape, choice.type(), rows, choice.plan(30))]
+
+
 def compiling(choice: Choice) -> list[Group]:
     """Compile time by depth, with alike layers compiled once and without; a model 768 wide, as width costs nothing."""
     shape = choice.shape("llama-125m", "llama-125m")
     depths = (4,) if choice.quick else (4, 16, 32)
-    ways = ((True, depths), (False, depths[:2]))  # 32 layers in one graph take many minutes
-    rows = tuple(Row("compile", 1, depth, 1023, None, outline=how) for how, some in ways for depth in some)
-    return [Group("compile", shape, choice.type(), rows)]
+    groups = []
+    for how, some in ((True, depths), (False, depths[:2])):  # 32 layers in one graph take many minutes
+        rows = tuple(Row("compile", 1, depth, 1023, None, outline=how) for depth in some)
+        groups.append(Group("compile", shape, choice.type(), rows))
+    return groups
 
 
 def families(choice: Choice) -> list[Group]:
     """Mistral and Falcon shapes at 5%, beside transformers' cache; `PARTIAL` layers."""
     groups = []
     for model in ("mistral-7b", "falcon-7b"):
+        if choice.model not in (None, model):
+            continue
         shape, context = shapes.named(model, choice.layers or PARTIAL), (choice.contexts or (16 * K,))[0]
         rows = (Row("zsmerge", 1, context, _budget(context, 0.05), 0.05), Row("dynamic", 1, context))
         groups.append(Group("decode", shape, choice.type(), rows, choice.plan()))
@@ -211,9 +224,10 @@ SUITES: dict[str, Callable[[Choice], list[Group]]] = {
     "table1": table,
     "table1-static": static_table,
     "families": families,
+    "outline": outline,
     "compile": compiling,
 }
-CPU = ("op", "slots", "decode", "flat", "generate", "prefill", "compile")
+CPU = ("op", "slots", "decode", "flat", "generate", "prefill", "outline", "compile")
 CPU_QUICK = ("op", "slots", "decode", "flat", "generate")
 GPU = tuple(SUITES)  # the most important first
 

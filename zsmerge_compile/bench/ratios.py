@@ -1,6 +1,7 @@
 """What the figures are for: ratios between records, and the goals they are held against.
 
-A ratio with one of our kernels in it is told only while that kernel's check is green.
+A ratio with one of our kernels in it is told only while that kernel's check is green, and all but Table 1's totals
+are between times of one run; those take prompts and steps from any runs on the same machine.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 from zsmerge_compile.bench.machine import spread
 from zsmerge_compile.bench.records import MEASURED, Record
+from zsmerge_compile.bench.runs import Run, machines
 from zsmerge_compile.bench.table1 import totals
 
 RED = "op check red"
@@ -19,7 +21,10 @@ STEPS = ("decode", "figure3", "slots")
 
 
 class Ratio(NamedTuple):
-    """value: None while a check is red, and then `shown` says so. met: None where there is no goal."""
+    """value: None while a check is red, and then `shown` says so. met: None where there is no goal.
+
+    runs: the numbers of the runs that its times are from.
+    """
 
     suite: str
     where: str
@@ -28,6 +33,7 @@ class Ratio(NamedTuple):
     shown: str
     goal: str | None = None
     met: bool | None = None
+    runs: tuple[int, ...] = ()
 
 
 class Goal(NamedTuple):
@@ -43,11 +49,11 @@ class Goal(NamedTuple):
         return value >= self.limit if self.least else value <= self.limit
 
 
-def ratios(records: Iterable[Record]) -> list[Ratio]:
-    """All of them, in the order of the suites."""
+def ratios(records: Iterable[Record], runs: Iterable[Run] = ()) -> list[Ratio]:
+    """All of them, in the order of the suites; runs: what the records' numbers of runs mean."""
     measured = [record for record in records if record.status == MEASURED]
-    rules = (_bandwidth, _faster, _against_plain, _flat, _prompts, _generate, _compile, _table1)
-    return [ratio for rule in rules for ratio in rule(measured)]
+    rules = (_bandwidth, _faster, _against_plain, _flat, _prompts, _generate, _outline, _compile)
+    return [*(ratio for rule in rules for ratio in rule(measured)), *_table1(measured, runs)]
 
 
 def times(value: float) -> str:
@@ -65,10 +71,12 @@ def whole(value: float) -> str:
 def _made(
     ours: Record, what: str, value: float, form: Callable[[float], str] = times, goal: Goal | None = None
 ) -> Ratio:
-    text = None if goal is None else goal.text(form)
-    if ours.check == "red":
-        return Ratio(ours.suite, where(ours), what, None, RED, text, None if goal is None else False)
-    return Ratio(ours.suite, where(ours), what, value, form(value), text, None if goal is None else goal.met(value))
+    red = ours.check == "red"
+    shown, told = (RED, None) if red else (form(value), value)
+    runs = () if ours.run is None else (ours.run,)
+    if goal is None:
+        return Ratio(ours.suite, where(ours), what, told, shown, runs=runs)
+    return Ratio(ours.suite, where(ours), what, told, shown, goal.text(form), not red and goal.met(value), runs)
 
 
 def where(record: Record) -> str:
@@ -88,7 +96,9 @@ def _ms(record: Record) -> float:
 
 
 def _place(record: Record) -> tuple[object, ...]:
-    return record.suite, record.model, record.layers, record.dtype, record.device, record.batch, record.note
+    """What two rows must share to be compared, the run above all."""
+    place = record.suite, record.model, record.layers, record.dtype, record.device, record.batch, record.note
+    return record.run, *place
 
 
 def _bandwidth(records: list[Record]) -> Iterator[Ratio]:
@@ -181,28 +191,36 @@ def _generate(records: list[Record]) -> Iterator[Ratio]:
     for record in records:
         base = loops.get((*_place(record), record.budget))
         if record.method == "generate" and base is not None:
-            yield _made(record, "of the bare decode loop", _ms(record) / _ms(base))
+            goal = Goal(1.05, least=False) if record.device == "cuda" else None
+            yield _made(record, "of the bare decode loop", _ms(record) / _ms(base), goal=goal)
+
+
+def _outline(records: list[Record]) -> Iterator[Ratio]:
+    flat = {(*_place(r), r.budget): r for r in records if r.suite == "outline" and r.outline is False}
+    for ours in records:
+        base = flat.get((*_place(ours), ours.budget))
+        if ours.outline and base is not None:
+            yield _made(ours, "of the step of the graph compiled whole", _ms(ours) / _ms(base))
 
 
 def _compile(records: list[Record]) -> Iterator[Ratio]:
-    seconds = {(r.model, r.device, r.outline, r.layers): r for r in records if r.method == "compile"}
-    for (model, device, outline, layers), record in seconds.items():
-        deep = seconds.get((model, device, outline, 32))
-        if layers == 4 and deep is not None and record.seconds and deep.seconds:
-            goal = Goal(2.0, least=False) if outline else None
-            how = "layers outlined" if outline else "whole graph"
-            text = None if goal is None else goal.text(times)
-            value = deep.seconds / record.seconds
-            met = None if goal is None else goal.met(value)
-            yield Ratio("compile", f"{model}, {device}", f"32 layers : 4 layers, {how}", value, times(value), text, met)
+    found = {(r.run, r.model, r.device, r.outline, r.layers): r for r in records if r.method == "compile"}
+    for (run, model, device, outline, layers), deep in found.items():
+        few = found.get((run, model, device, outline, 4))
+        if layers == 4 or few is None or not few.seconds or not deep.seconds:
+            continue
+        how = "layers outlined" if outline else "whole graph"
+        goal = Goal(2.0, least=False) if outline and layers == 32 else None
+        made = _made(deep, f"{layers} layers : 4 layers, {how}", deep.seconds / few.seconds, goal=goal)
+        yield made._replace(where=f"{model}, {device}")
 
 
-def _table1(records: list[Record]) -> Iterator[Ratio]:
-    rows = totals(records)
+def _table1(records: list[Record], runs: Iterable[Run]) -> Iterator[Ratio]:
+    rows = totals(records, machines(runs))
     for row in rows:
         base = next((b for b in rows if b.place == row.place and b.method == "dynamic"), None)
         if row.method == "zsmerge" and base is not None:
-            gain = row.tokens_per_s / base.tokens_per_s
-            red = row.check == "red"
-            shown = RED if red else times(gain)
-            yield Ratio("table1", row.where, "throughput of DynamicCache's", None if red else gain, shown)
+            gain, red = row.tokens_per_s / base.tokens_per_s, row.check == "red"
+            shown, value = (RED, None) if red else (times(gain), gain)
+            both = tuple(sorted({*row.runs, *base.runs}))
+            yield Ratio("table1", row.where, "throughput of DynamicCache's", value, shown, runs=both)

@@ -1,17 +1,18 @@
-"""One measured (or skipped) row, and the JSON file that grows by one after each."""
+"""One measured (or skipped) row, and the JSON file that grows by one after each, over as many runs as it takes."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from zsmerge_compile.bench.runs import Run, started
 from zsmerge_compile.errors import InputError, must
 
-SCHEMA = 1
+SCHEMA = 2
 MEASURED, SKIPPED, FAILED = "measured", "skipped", "failed"
 
 
@@ -22,8 +23,9 @@ class Record:
     ms             median milliseconds per token (of prompts, per prompt token; of ops, per call)
     ms_low/high    lowest and highest median among the runs
     seconds        compile rows: what zs.compile took
-    floor_ms       (weight_bytes + cache_bytes) over the copy bandwidth measured in the same run
-    peak_bytes     device memory at its highest during the row, other rows' taken off (GPU only)
+    floor_ms       (weight_bytes + cache_bytes) over the copy bandwidth of the record's own run
+    peak_bytes     memory at its highest during a call; of which memory, and what it holds: `peak_of`
+    run            the number of the run it was measured or given up in; None in a blank table
     status         measured, skipped or failed; `reason` says why not measured
     check          whether the kernels it ran equal ops.reference ("green", "red"), None: nothing of ours in it
     """
@@ -64,6 +66,8 @@ class Record:
     share_of_floor: float | None = None
     tokens_per_s: float | None = None
     peak_bytes: int | None = None
+    peak_of: str | None = None
+    run: int | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -74,34 +78,42 @@ class Record:
 
 @dataclass
 class Results:
-    """The file: conditions, records and what follows from them; saved whole after each record."""
+    """The file: runs, records and what follows from them; saved whole after each record."""
 
     path: Path
-    conditions: dict[str, Any]
-    copy_gb_per_s: float | None
+    runs: list[Run]
     records: list[Record]
 
     @classmethod
-    def open(cls, path: Path, conditions: dict[str, Any], append: bool) -> Results:
-        """A new file, or one to which records are added; raises InputError where an old one cannot be read."""
-        return cls(path, conditions, None, load(path).records if append and path.exists() else [])
+    def open(cls, path: Path, command: str, conditions: dict[str, Any], append: bool) -> Results:
+        """A new file, or one to which a run's records are added; raises InputError where an old one cannot be read."""
+        old = load(path) if append and path.exists() else cls(path, [], [])
+        return cls(path, [*old.runs, started(old.runs, command, conditions)], old.records)
+
+    @property
+    def run(self) -> Run:
+        """The latest, in which records are being added."""
+        return self.runs[-1]
 
     def add(self, record: Record) -> None:
-        """Takes the place of an earlier record of the same row."""
+        """Takes the place of an earlier record of the same row; a skipped row never that of a measured one."""
         place = {old.key: index for index, old in enumerate(self.records)}.get(record.key, len(self.records))
-        self.records[place : place + 1] = [record]
+        if record.status == SKIPPED and any(old.status == MEASURED for old in self.records[place : place + 1]):
+            return
+        self.records[place : place + 1] = [replace(record, run=self.run.number)]
         self.save()
 
     def save(self) -> None:
-        """Write the file, never half of it."""
+        """Write the file, never half of it. Runs of which no record is left are dropped, the latest excepted."""
         from zsmerge_compile.bench.ratios import ratios
 
+        named = {record.run for record in self.records}
+        runs = [run for run in self.runs if run.number in named or run is self.runs[-1]]
         content = {
             "schema": SCHEMA,
-            "conditions": self.conditions,
-            "copy_gb_per_s": self.copy_gb_per_s,
+            "runs": [asdict(run) for run in runs],
             "records": [asdict(record) for record in self.records],
-            "ratios": [ratio._asdict() for ratio in ratios(self.records)],
+            "ratios": [ratio._asdict() for ratio in ratios(self.records, runs)],
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         fresh = self.path.with_suffix(".json.part")
@@ -110,7 +122,7 @@ class Results:
 
 
 def _json(content: dict[str, Any]) -> str:
-    """JSON with a line for each record and ratio."""
+    """JSON with a line for each run, record and ratio."""
     parts = []
     for name, value in content.items():
         lines = [json.dumps(row) for row in value] if isinstance(value, list) else []
@@ -120,14 +132,16 @@ def _json(content: dict[str, Any]) -> str:
 
 
 def load(path: Path) -> Results:
-    """A file's content; raises InputError where it is none of ours."""
+    """A file's content; raises InputError where it is none of ours, or of another schema."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["schema"] != SCHEMA:
-            raise InputError(must(f"schema of {path}", SCHEMA, content["schema"]))
+            hint = "a run that doesn't add to it writes a new one"
+            raise InputError(must(f"schema of {path}", SCHEMA, content["schema"], hint))
+        runs = [Run(**run) for run in content["runs"]]
         names = {field.name for field in fields(Record)}
         rows = [{name: value for name, value in row.items() if name in names} for row in content["records"]]
-        return Results(path, content["conditions"], content["copy_gb_per_s"], [Record(**row) for row in rows])
+        return Results(path, runs, [Record(**row) for row in rows])
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         got = f"{type(error).__name__}: {error}"
         raise InputError(must(str(path), "results that tools/bench wrote", got)) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ class Row:
     budget   our slots per key/value head, one more in memory
     share    the budget's share of the context, where that is what chose it
     merge    prompts: the merge rule
-    outline  compile: whether alike layers are compiled once
+    outline  whether alike layers are compiled once; None: as `zs.compile` decides
     """
 
     method: str
@@ -50,6 +51,11 @@ class Row:
     @property
     def slots(self) -> int:
         return self.context if self.budget is None else self.budget + 1
+
+    @property
+    def compiled(self) -> tuple[object, ...]:
+        """Rows that are equal in this may share one compiled model."""
+        return self.batch, self.budget, self.merge, self.outline
 
     def label(self) -> str:
         """The row's name in tables."""
@@ -100,25 +106,58 @@ class Group:
         """Bytes that a row needs, weights included."""
         return self.shape.parameters() * self.dtype.itemsize + row.need(self.shape, self.dtype)
 
+    def facts(self, row: Row, device: torch.device) -> dict[str, Any]:
+        """What a record says of a row before it is measured."""
+        return {
+            "suite": self.suite,
+            "method": row.method,
+            "label": row.label(),
+            "model": self.shape.name,
+            "parameters": self.shape.parameters(),
+            "layers": row.context if row.method == "compile" else self.shape.depth,
+            "full_depth": self.shape.full_depth,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": device.type,
+            "batch": row.batch,
+            "context": row.context,
+            "budget": row.budget,
+            "share": row.share,
+            "slots": row.slots,
+            "merge": None if row.budget is None else row.merge,
+            "outline": row.outline,
+            "note": self.note,
+        }
+
     def seconds(self, device: torch.device) -> float:
         """An estimate: mostly compiling."""
         gpu = device.type == "cuda"
-        whole: set[tuple[object, ...]] = {
-            (row.method == "plain", row.batch, row.budget, row.merge) for row in self.rows if row.method in OURS
-        }
-        whole |= {("theirs", row.batch, row.context, "") for row in self.rows if row.method == "static"}
+        whole = {(row.method == "plain", *row.compiled) for row in self.rows if row.method in OURS}
+        theirs = {(row.batch, row.context) for row in self.rows if row.method == "static"}
         alone = sum(row.method in ("op", "op-plain") for row in self.rows)
-        total = 5 + 10 * (1 + self.shape.depth / 48) * len(whole) + 6 * alone
+        total = 5 + 10 * (1 + self.shape.depth / 48) * (len(whole) + len(theirs)) + 6 * alone
         turns = self.plan.rounds + max(1, self.plan.warmup)
         for row in self.rows:
-            read = self.shape.weight_bytes(self.dtype) + row.need(self.shape, self.dtype)
             if row.method == "compile":
-                total += 15 + row.context * (0.3 if row.outline else 2)
+                total += self._cold_seconds(row, gpu)
             elif row.method.startswith("prompt"):
                 total += turns * self._flops(row) / (2e14 if gpu else 1e11)
             else:
-                total += turns * self.plan.block * read / (1.5e12 if gpu else 1e10)
+                total += turns * self.plan.block * self._step_seconds(row, gpu)
         return total
+
+    @staticmethod
+    def _cold_seconds(row: Row, gpu: bool) -> float:
+        """Of zs.compile from an empty cache; on a CPU (seen on two cores) the C++ kernels are built, too."""
+        if gpu:
+            return 15 + row.context * (0.3 if row.outline else 2)
+        return 53 + 0.1 * row.context if row.outline else 40 + 4.8 * row.context
+
+    def _step_seconds(self, row: Row, gpu: bool) -> float:
+        """Bytes over what copies were seen to reach; a CPU reads transformers' caches at a fraction of that."""
+        weights, cache = self.shape.weight_bytes(self.dtype), row.need(self.shape, self.dtype)
+        if gpu:
+            return (weights + cache) / 1.5e12
+        return weights / 1e10 + cache / (2e9 if row.method in ("dynamic", "static") else 1e10)
 
     def _flops(self, row: Row) -> float:
         """Of a prompt: the layers' weights, and causal attention."""
@@ -140,7 +179,7 @@ def pack(group: Group, rows: list[Row], memory: int) -> list[list[Row]]:
     parts: list[list[Row]] = []
     held: dict[tuple[object, ...], int] = {}
     for row in rows:
-        cache = (row.method, row.batch, row.budget or row.context)
+        cache = (row.method, row.batch, row.budget or row.context, row.outline)
         own: dict[tuple[object, ...], int] = {cache: row.need(group.shape, group.dtype)}
         if parts and weights + sum({**held, **own}.values()) <= memory:
             parts[-1].append(row)

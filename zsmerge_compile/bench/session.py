@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from zsmerge_compile.bench import machine
+from zsmerge_compile.bench import machine, memory
 from zsmerge_compile.bench.builder import Builder
 from zsmerge_compile.bench.check import Verdict
 from zsmerge_compile.bench.compile_time import compile_seconds
@@ -32,40 +33,45 @@ class Session:
         self.device, self.results, self.say = device, results, say
         self.memory = machine.usable_memory(device)
         self.deadline = deadline
-        self.bandwidth = results.copy_gb_per_s = machine.copy_bandwidth(device)
+        self.bandwidth = results.run.copy_gb_per_s = machine.copy_bandwidth(device)
         self._model: tuple[object, Any] = (None, None)
         self._verdicts: dict[object, Verdict] = {}  # by kernel and shape, for the whole run
 
     def run(self, group: Group) -> None:
         """Measure a group; a row that can't be, or that fails, is recorded with the reason and the others go on."""
-        left = None if self.deadline is None else self.deadline - time.monotonic()
-        need = group.seconds(self.device)
-        rows = []
-        for row in group.rows:
-            reason = fits(group, row, self.memory)
-            if left is not None and left < need:
-                reason = f"not measured: about {need:.0f} s needed, {max(0, left):.0f} s left"
-            if reason:
-                self._skip(group, row, reason)
-            else:
-                rows.append(row)
+        reasons = {row: fits(group, row, self.memory) for row in group.rows}
+        rows = [row for row, reason in reasons.items() if reason is None]
+        late = self._late(replace(group, rows=tuple(rows)))
+        for row, reason in reasons.items():
+            if reason or late:
+                self._skip(group, row, reason or late)
+        if late:
+            return
         for part in pack(group, rows, self.memory):
             if part[0].method == "compile":
                 self._run_compile(group, part)
             else:
                 self._run_part(group, part)
 
+    def _late(self, group: Group) -> str:
+        """Why there is no time for the group; empty if there is."""
+        if self.deadline is None:
+            return ""
+        left, need = self.deadline - time.monotonic(), group.seconds(self.device)
+        return f"not measured: about {need:.0f} s needed, {max(0, left):.0f} s left" if left < need else ""
+
     def _run_part(self, group: Group, rows: list[Row]) -> None:
         model = self._model_of(group)
         steps: dict[Row, Step] = {}
-        peaks: dict[Row, int | None] = {}
+        peaks: dict[Row, memory.Peak] = {}
+        before: dict[object, int] = {}  # by cache: what was allocated before it was made
         builder = Builder(model, self._verdicts, self.say)
         for row in rows:
             self.say(f"{group.suite}: {group.shape.name}, batch {row.batch}, {row.label()}: building")
-            before = self._allocated()
+            bare = before.setdefault(builder.cache_of(row), memory.allocated(self.device))
             try:
                 step = builder.step(row)
-                peaks[row] = self._warm(step, group, before)
+                peaks[row] = self._warm(step, bare)
                 steps[row] = step
             except Exception as error:  # a baseline's, a compiler's or the device's; the next row may well run
                 self._fail(group, row, error)
@@ -94,7 +100,7 @@ class Session:
             except Exception as error:
                 self._fail(group, row, error)
             else:
-                self.results.add(Record(**facts(group, row, self.device), status=MEASURED, seconds=seconds, rounds=1))
+                self.results.add(Record(**group.facts(row, self.device), status=MEASURED, seconds=seconds, rounds=1))
 
     def _model_of(self, group: Group) -> Any:
         """The last model is kept: neighbouring groups share it."""
@@ -105,22 +111,17 @@ class Session:
             self._model = (key, group.shape.build(self.device, group.dtype))
         return self._model[1]
 
-    def _warm(self, step: Step, group: Group, before: int) -> int | None:
-        """The first call, which may compile; then the peak of a second one, less what other rows hold."""
-        step.prepare()
-        step.run()
-        if self.device.type != "cuda":
-            return None
-        torch.cuda.synchronize(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        step.prepare()
-        step.run()
-        torch.cuda.synchronize(self.device)
-        weights = sum(parameter.nbytes for parameter in self._model[1].parameters())
-        return torch.cuda.max_memory_allocated(self.device) - before + weights
+    def _warm(self, step: Step, before: int) -> memory.Peak:
+        """The first call, which may compile; then the peak of a second one."""
 
-    def _allocated(self) -> int:
-        return torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+        def call() -> None:
+            step.prepare()
+            step.run()
+
+        call()
+        weights = sum(parameter.nbytes for parameter in self._model[1].parameters())
+        held = step.cache_bytes if step.held_bytes is None else step.held_bytes
+        return memory.peak(call, self.device, weights, held, before)
 
     def _collect(self) -> None:
         torch._dynamo.reset()
@@ -129,7 +130,7 @@ class Session:
             torch.cuda.empty_cache()
 
     def _record(
-        self, group: Group, row: Row, step: Step, timing: Timing, peak: int | None, check: Verdict | None
+        self, group: Group, row: Row, step: Step, timing: Timing, peak: memory.Peak, check: Verdict | None
     ) -> None:
         weights = 0 if row.method.startswith("op") else group.shape.weight_bytes(group.dtype)
         reads = weights + step.cache_bytes
@@ -147,14 +148,15 @@ class Session:
             "floor_ms": floor,
             "share_of_floor": floor / timing.ms if floor is not None else None,
             "tokens_per_s": row.batch * 1e3 / timing.ms,
-            "peak_bytes": peak,
+            "peak_bytes": peak.bytes,
+            "peak_of": peak.of,
             "check": None if check is None else "green" if check.ok else "red",
             "check_text": None if check is None else check.text,
         }
-        self.results.add(Record(**facts(group, row, self.device), status=MEASURED, **figures, **step.facts))
+        self.results.add(Record(**group.facts(row, self.device), status=MEASURED, **figures, **step.facts))
 
     def _skip(self, group: Group, row: Row, reason: str) -> None:
-        self.results.add(Record(**facts(group, row, self.device), status=SKIPPED, reason=reason))
+        self.results.add(Record(**group.facts(row, self.device), status=SKIPPED, reason=reason))
 
     def _fail(self, group: Group, row: Row, error: Exception) -> None:
         lines = str(error).strip().splitlines()
@@ -162,30 +164,5 @@ class Session:
         if isinstance(error, torch.OutOfMemoryError):
             reason = f"out of memory (estimated {group.need(row) / 2**30:.0f} GiB)"
         self.say(f"failed: {row.label()}: {reason}")
-        self.results.add(Record(**facts(group, row, self.device), status=FAILED, reason=reason))
+        self.results.add(Record(**group.facts(row, self.device), status=FAILED, reason=reason))
         self._collect()
-
-
-def facts(group: Group, row: Row, device: torch.device) -> dict[str, Any]:
-    """What a record says of a row before it is measured."""
-    ours = row.budget is not None
-    depth = row.context if row.method == "compile" else group.shape.depth
-    return {
-        "suite": group.suite,
-        "method": row.method,
-        "label": row.label(),
-        "model": group.shape.name,
-        "parameters": group.shape.parameters(),
-        "layers": depth,
-        "full_depth": group.shape.full_depth,
-        "dtype": str(group.dtype).removeprefix("torch."),
-        "device": device.type,
-        "batch": row.batch,
-        "context": row.context,
-        "budget": row.budget,
-        "share": row.share,
-        "slots": row.slots,
-        "merge": row.merge if ours else None,
-        "outline": row.outline,
-        "note": group.note,
-    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -50,6 +50,7 @@ class Total(NamedTuple):
     decode_s: float
     samples: int
     check: str | None
+    runs: tuple[int, ...] = ()
 
     @property
     def latency_s(self) -> float:
@@ -77,27 +78,41 @@ def integral(lengths: Sequence[int], ms: Sequence[float]) -> float:
     return area / 1e3
 
 
-def totals(records: Iterable[Record]) -> list[Total]:
-    """One per workload and method whose steps at all lengths, and whose prefill, were measured."""
+def totals(records: Iterable[Record], machines: Mapping[int, object] | None = None) -> list[Total]:
+    """One per workload, method and machine whose steps at all lengths, and whose prefill, were measured.
+
+    machines: of each run, by its number; without, all runs count as one machine's.
+    """
+    machines = machines or {}
     groups: dict[tuple[object, ...], list[Record]] = defaultdict(list)
     for record in records:
         if record.suite == "table1" and record.status == MEASURED:
-            groups[record.model, record.layers, record.dtype, record.device, record.batch, record.note].append(record)
-    found = []
-    for (model, layers, dtype, device, batch, note), rows in groups.items():
-        prompt, new = (int(part) for part in str(note).split("+"))
-        lengths = Workload(str(model), prompt, new, 0, None, 0).lengths()
-        for method, first in (("dynamic", "prompt"), ("static", "prompt"), ("zsmerge", "prompt-full")):
-            steps = sorted((r for r in rows if r.method == method), key=lambda r: r.context)
-            prefill = next((r for r in rows if r.method == first), None)
-            wanted = lengths[-1:] if method == "static" else lengths  # a static cache is as long from the start
-            if prefill is None or tuple(r.context for r in steps) != wanted:
-                continue
-            times = [r.ms or 0.0 for r in steps]
-            decode = new * times[0] / 1e3 if method == "static" else integral(lengths, times)
-            where = f"{model}, {prompt} + {new} tokens, batch {batch}"
-            place = (model, layers, dtype, device, note, batch, new)
-            red = "red" if any(r.check == "red" for r in (*steps, prefill)) else steps[0].check
-            prefill_s = (prefill.ms or 0.0) * prompt / 1e3
-            found.append(Total(place, method, where, steps[0].label, prefill_s, decode, len(steps), red))
-    return found
+            where = machines.get(record.run or 0)
+            place = (where, record.model, record.layers, record.dtype, record.device, record.note, record.batch)
+            groups[place].append(record)
+    return [total for place, rows in groups.items() for total in _of_workload(place, rows)]
+
+
+def _of_workload(place: tuple[object, ...], rows: list[Record]) -> Iterator[Total]:
+    """The methods of which everything is there."""
+    prompt, new = (int(part) for part in rows[0].note.split("+"))
+    lengths = Workload(rows[0].model, prompt, new, 0, None, 0).lengths()
+    for method, first in (("dynamic", "prompt"), ("static", "prompt"), ("zsmerge", "prompt-full")):
+        steps = sorted((r for r in rows if r.method == method), key=lambda r: r.context)
+        prefill = next((r for r in rows if r.method == first), None)
+        wanted = lengths[-1:] if method == "static" else lengths  # a static cache is as long from the start
+        if prefill is None or tuple(r.context for r in steps) != wanted:
+            continue
+        times = [r.ms or 0.0 for r in steps]
+        used = (*steps, prefill)
+        yield Total(
+            (*place, new),
+            method,
+            f"{rows[0].model}, {prompt} + {new} tokens, batch {rows[0].batch}",
+            steps[0].label,
+            prefill_s=(prefill.ms or 0.0) * prompt / 1e3,
+            decode_s=new * times[0] / 1e3 if method == "static" else integral(lengths, times),
+            samples=len(steps),
+            check="red" if any(r.check == "red" for r in used) else steps[0].check,
+            runs=tuple(sorted({r.run for r in used if r.run is not None})),
+        )

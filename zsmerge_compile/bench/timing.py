@@ -23,6 +23,7 @@ class Step:
     run          the work of `tokens` tokens
     prepare      puts the state back to where the row wants it, before every block of runs; not timed
     cache_bytes  bytes of the cache it reads
+    held_bytes   bytes of it that are there before the call; None: all
     slots        tokens or slots per key/value head that attention runs over
     facts        more fields of the row's Record
     """
@@ -31,6 +32,7 @@ class Step:
     prepare: Callable[[], object] = _nothing
     tokens: int = 1
     cache_bytes: int = 0
+    held_bytes: int | None = None
     slots: int | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 

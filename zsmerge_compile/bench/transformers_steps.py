@@ -70,7 +70,7 @@ def prompt_step(model: Any, row: Row) -> Step:
     def run() -> None:
         model(input_ids=ids, use_cache=True, **_last_logits(model))
 
-    return Step(run, tokens=row.context, cache_bytes=_cache_bytes(model, row), slots=row.context)
+    return Step(run, tokens=row.context, cache_bytes=_cache_bytes(model, row), held_bytes=0, slots=row.context)
 
 
 def _as_argument(model: Any, cache: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ SUITES = (
     "table1",
     "table1-static",
     "families",
+    "outline",
     "compile",
 )
 _EXAMPLES = """  zsmerge-compile bench --quick                       # two to three minutes
@@ -26,6 +27,17 @@ _EXAMPLES = """  zsmerge-compile bench --quick                       # two to th
   zsmerge-compile bench --suite decode --model llama-3-8b --layers 4 --contexts 4096 16384 --batches 1 8
   zsmerge-compile bench --suite slots --budgets 1023 4095 16383 --dtype bfloat16
 """
+
+
+def minutes(text: str) -> float:
+    """argparse type: a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"minutes must be a number above 0, got {text}")
+    return value
 
 
 def add(commands: Any) -> None:
@@ -40,8 +52,9 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--suite", choices=SUITES, nargs="+", help="what to measure (all that suit the device)")
     parser.add_argument("--quick", action="store_true", help="few layers, few rounds")
-    parser.add_argument("--list", action="store_true", help="only tell what would be measured, and what it needs")
-    parser.add_argument("--blank", action="store_true", help="write all rows as 'not measured'; no device is needed")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--list", action="store_true", help="only tell what would be measured, and what it needs")
+    instead.add_argument("--blank", action="store_true", help="write all rows as 'not measured'; no device is needed")
     parser.add_argument("--device", help="cpu or cuda (cuda where there is one)")
     parser.add_argument("--model", metavar="NAME", help="llama-125m, llama-2-7b, llama-3-8b, mistral-7b ...")
     parser.add_argument("--layers", type=count, metavar="N", help="of the model (as many as the suite says)")
@@ -51,9 +64,16 @@ def add(commands: Any) -> None:
     parser.add_argument("--budgets", type=count, nargs="+", metavar="N", help="slots per key/value head")
     parser.add_argument("--rounds", type=count, metavar="N", help="timed blocks of each row")
     parser.add_argument("--threads", type=count, metavar="N", help="CPU threads (torch's own choice)")
-    parser.add_argument("--minutes", type=float, metavar="M", help="start no group that would not end in time")
-    parser.add_argument("--out", type=Path, default=Path("bench.json"), metavar="FILE", help="results (bench.json)")
+    parser.add_argument("--minutes", type=minutes, metavar="M", help="start no group that would not end in time")
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench.json"), metavar="FILE", help="a .json file (bench.json)"
+    )
     parser.add_argument("--append", action="store_true", help="keep what FILE holds; rows measured again are replaced")
+    parser.add_argument(
+        "--missing",
+        action="store_true",
+        help="with --append: only groups of rows that FILE has not whole from this machine and these versions",
+    )
     parser.set_defaults(command=command)
 
 
