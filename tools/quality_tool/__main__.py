@@ -1,7 +1,7 @@
 """`tools/quality`: what compression costs on the shipped models, for every method at every budget.
 
-Writes JSON, tables and plots; models left out keep what an earlier run wrote. Peers are kvpress's presses, run in a virtual environment of their own (made at first
-use) on the same weights and token ids.
+Writes JSON, tables and plots; models left out keep what an earlier run wrote. Peers are kvpress's presses, run in a
+virtual environment of their own (made at first use) on the same weights and token ids.
 """
 
 from __future__ import annotations
