@@ -5,7 +5,8 @@
 Each prompt is compressed alone (batch 1), as kvpress expects; the compressed caches are then put together and decoded
 as one batch, token by token, as ours are: a press compresses no further, so the cache grows with what follows. Keys
 stay where rotary embedding put them, and positions go on from the prompt's real length. Writes one JSON file a job in
-the form of `answers.Answers`, or {"why_not": ...}; `full.json` has the untouched model's logits for the first text.
+the form of `answers.Answers`, its press's settings and tokens kept per layer beside it, or {"why_not": ...};
+`full.json`, written first, has the untouched model's logits for the first text.
 """
 
 from __future__ import annotations
@@ -31,19 +32,22 @@ def main(model: str, material: str, out: str, *jobs: str) -> None:
     torch.set_grad_enabled(False)
     torch.set_num_threads(1)
     texts, recalls = (json.loads(Path(material).read_text())[name] for name in ("texts", "recalls"))
-    loaded: dict[str, Any] = {}
+    loaded = {"sdpa": load(model, "sdpa")}
+    logits = loaded["sdpa"](torch.tensor([texts[0]["prompt"]])).logits[0, -1].tolist()
+    versions = {library: version(library) for library in ("kvpress", "transformers", "torch")}
+    write(Path(out) / "full.json", {"logits": logits, "versions": versions})
     for job in jobs:
         name, share = job.rsplit(":", 1)
         attention = "eager" if name == NEEDS_WEIGHTS else "sdpa"
         if attention not in loaded:
-            loaded[attention] = AutoModelForCausalLM.from_pretrained(model, attn_implementation=attention).eval()
+            loaded[attention] = load(model, attention)
         told = attempt(loaded[attention], name, float(share), texts, recalls)
         write(Path(out) / f"{name}_{share}.json", told)
         print(job, flush=True)
-    if "sdpa" in loaded:
-        logits = loaded["sdpa"](torch.tensor([texts[0]["prompt"]])).logits[0, -1].tolist()
-        versions = {library: version(library) for library in ("kvpress", "transformers", "torch")}
-        write(Path(out) / "full.json", {"logits": logits, "versions": versions})
+
+
+def load(model: str, attention: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(model, attn_implementation=attention).eval()
 
 
 def write(path: Path, told: dict[str, Any]) -> None:
@@ -53,27 +57,41 @@ def write(path: Path, told: dict[str, Any]) -> None:
 
 
 def attempt(model: Any, name: str, share: float, texts: list[Any], recalls: list[Any]) -> dict[str, Any]:
-    """The answers; a press that refuses this budget, or breaks at it, is named with its own words."""
-    press = getattr(kvpress, name)(compression_ratio=1 - share)
+    """The answers, or why there are none: a press that breaks at this budget is quoted."""
     try:
+        press = getattr(kvpress, name)(compression_ratio=1 - share)
         started = time.perf_counter()
         told = answers(model, press if share < 1 else None, texts, recalls)
-        return told | {"seconds": round(time.perf_counter() - started, 2), "parameters": parameters(press)}
+        told |= {"seconds": round(time.perf_counter() - started, 2), "parameters": parameters(press)}
+        why = lost(name, told["parameters"], told["kept"]) if share < 1 else None
+        return {"why_not": why} if why else told
     except (AssertionError, ValueError, RuntimeError, IndexError) as error:
         return {"why_not": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"}
 
 
 def parameters(press: Any) -> dict[str, Any]:
-    """The press's own settings, its defaults but for the ratio."""
+    """The press's own settings, all at their defaults; the ratio is the job's."""
     found = {field.name: getattr(press, field.name) for field in fields(press)} if is_dataclass(press) else {}
+    found.pop("compression_ratio", None)
     return {name: value for name, value in found.items() if isinstance(value, bool | int | float | str)}
+
+
+def lost(name: str, settings: dict[str, Any], kept: list[int]) -> str | None:
+    """What the press no longer does with `kept` tokens per layer: kvpress then goes on without a word."""
+    if name == "PyramidKVPress" and len(set(kept)) == 1:
+        return "no pyramid: kvpress falls back to SnapKV"
+    for part in ("window_size", "n_sink"):
+        if settings.get(part, 0) > min(kept):
+            return f"{part} must be at most the {min(kept)} tokens kept, got {settings[part]}"
+    return None
 
 
 def answers(model: Any, press: Any, texts: list[Any], recalls: list[Any]) -> dict[str, Any]:
     prompt = compress(model, press, [text["prompt"] for text in texts])
+    kept = [key.shape[2] for key, _ in prompt.layers]
     losses, greedy = follow(model, prompt, torch.tensor([text["truth"] for text in texts]))
     prompt = compress(model, press, [recall["prompt"] for recall in recalls])
-    return {"losses": losses, "greedy": greedy, "right": ask(model, prompt, recalls)}
+    return {"losses": losses, "greedy": greedy, "right": ask(model, prompt, recalls), "kept": kept}
 
 
 class Prompt:

@@ -42,6 +42,8 @@ _WORKER = Path(__file__).with_name("kvpress_worker.py")
 def judge(session: Session, shares: list[float], folder: Path = ROOT / "build" / "kvpress") -> None:
     """Adds a cell for every press and share to the session's records; a full budget is the full cache itself."""
     jobs = [(press, share) for press in PRESSES for share in shares if share < 1]
+    if not jobs:
+        return
     if session.family not in FAMILIES:
         for press, share in jobs:
             session.record_absence(press, share, UNSUPPORTED)
@@ -56,7 +58,8 @@ def judge(session: Session, shares: list[float], folder: Path = ROOT / "build" /
         if "why_not" in told:
             session.record_absence(press, share, told["why_not"])
             continue
-        session.records.presses[press] = told.pop("parameters")
+        settings = session.records.presses.setdefault(press, {})
+        settings |= told.pop("parameters") | {f"tokens kept per layer at {share:.3g}": told.pop("kept")}
         session.record(press, share, Answers(**told))
 
 
@@ -84,7 +87,8 @@ def environment() -> Path:
     if not stamp.exists() or stamp.read_text() != wanted:
         print(f"making {HOME} for {wanted}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(HOME)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True)
+        # -I: pip would else see the egg-info in the working folder, and call its transformers a conflict
+        subprocess.run([str(python), "-I", "-m", "pip", "install", "--quiet", *REQUIREMENTS], check=True)
         stamp.write_text(wanted)
     return python
 
