@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zsmerge_compile.bench.rows import Row
 from zsmerge_compile.bench.timing import Step
+from zsmerge_compile.runtime.options import cache_argument
 
 ROOM = 64  # tokens a static cache holds beyond the context: those that a block of steps adds
 
@@ -19,7 +20,7 @@ def dynamic_step(model: Any, row: Row) -> Step:
     from transformers import DynamicCache
 
     cache, ids = DynamicCache(config=model.config), _ids(model, row.batch)
-    given, (heads, dim) = _as_argument(model, cache), _cache_shape(model)
+    given, (heads, dim) = cache_argument(model, cache), _cache_shape(model)
     for layer in range(model.config.num_hidden_layers):
         cache.update(*(_random(model, row.batch, heads, row.context, dim) for _ in range(2)), layer)
 
@@ -47,7 +48,7 @@ def static_step(model: Any, row: Row) -> Step:
         layer.values.normal_()
     gpu = model.device.type == "cuda"
     forward = torch.compile(model.forward, fullgraph=True, mode="reduce-overhead" if gpu else None)
-    ids, given = _ids(model, row.batch), _as_argument(model, cache)
+    ids, given = _ids(model, row.batch), cache_argument(model, cache)
     position = torch.full((row.batch, 1), row.context, device=model.device)
 
     def prepare() -> None:
@@ -71,11 +72,6 @@ def prompt_step(model: Any, row: Row) -> Step:
         model(input_ids=ids, use_cache=True, **_last_logits(model))
 
     return Step(run, tokens=row.context, cache_bytes=_cache_bytes(model, row), held_bytes=0, slots=row.context)
-
-
-def _as_argument(model: Any, cache: Any) -> dict[str, Any]:
-    """The cache under the name that this version of transformers gives it."""
-    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
 
 
 def _last_logits(model: Any) -> dict[str, int]:

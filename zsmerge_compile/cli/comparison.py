@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from zsmerge_compile.api import compile
 from zsmerge_compile.config import ZSMergeConfig
+from zsmerge_compile.runtime.options import cache_argument
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def full_cache(model: Any) -> Method:
 
     @torch.no_grad()
     def step(ids: Tensor) -> Tensor:
-        logits: Tensor = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits: Tensor = model(ids, **cache_argument(model, cache), use_cache=True, logits_to_keep=1).logits
         return logits[:, -1]
 
     def nbytes() -> int:

@@ -66,6 +66,11 @@ def take_handle(arguments: dict[str, Any]) -> Any:
     return given[0] if given else None
 
 
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """A cache for `model`'s forward, under the name that this version of transformers gives it."""
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+
+
 class Options:
     """An option as transformers resolves it: the argument, else the given generation_config, else the model's own."""
 
