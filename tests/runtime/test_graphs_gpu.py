@@ -13,6 +13,9 @@ import torch
 
 import zsmerge_compile as zs
 from tests.models_zoo import VOCAB, prompt, tiny
+from tests.states import assert_same_states
+from tests.test_equivalence import assert_same_logits
+from zsmerge_compile.ops.state import State
 from zsmerge_compile.runtime.graphs import DirectStep
 from zsmerge_compile.runtime.loop import Draw
 
@@ -54,6 +57,35 @@ def no_waiting() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def assert_follows(ours: Any, theirs: Any, steps: int) -> None:
+    """The same prompt and tokens, the other side's greedy ones: its logits, its next tokens, at the end its cache.
+
+    Its tokens, so that one difference is not told as many. Devices may differ.
+    """
+    given = prompt(BATCH, 40, pads=(0, 9, 30))
+    ids, mask = given["input_ids"], given["attention_mask"]
+    expected, logits = theirs.prefill(ids, mask), ours.prefill(ids.to(ours.device), mask.to(ours.device))
+    for step in range(steps):
+        assert_same_logits(logits.cpu(), expected, f"step {step}")
+        token = expected.argmax(-1, keepdim=True)
+        assert torch.equal(logits.cpu().argmax(-1, keepdim=True), token), f"step {step}"
+        expected, logits = theirs.decode(token), ours.decode(token.to(ours.device))
+    assert torch.equal(ours.cache.seen_tokens.cpu(), theirs.cache.seen_tokens)
+    for one, other in zip(ours.cache.layers, theirs.cache.layers, strict=True):
+        assert_same_states(State(**{name: t.cpu() for name, t in vars(one).items()}), State(**vars(other)), 1e-3)
+
+
+def test_a_whole_captured_model_equals_the_eager_one_on_the_cpu() -> None:
+    """Four layers, fp32: Triton's kernels, outlined as is the default here, one graph; 80 steps past the budget."""
+    config, deep = zs.ZSMergeConfig(BUDGET, residual=2), dict(num_hidden_layers=4)
+    ours = zs.compile(tiny("llama-gqa", **deep).cuda(), config, batch_size=BATCH, backend="inductor")
+    theirs = zs.compile(tiny("llama-gqa", **deep), config, batch_size=BATCH, backend="eager")
+    kernels = ours.report.kernels
+    assert kernels["step"] == "one CUDA graph" and ours.report.parts["decode"] == 3, "first layer, alike ones, head"
+    assert all(kernels[op].startswith("ops.triton (") for op in ("decode", "extend"))
+    assert_follows(ours, theirs, steps=80)
 
 
 def test_a_step_is_one_graph(compiled: Any) -> None:
