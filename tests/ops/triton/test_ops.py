@@ -124,7 +124,7 @@ def test_import_of_supports_and_blocks_needs_no_triton() -> None:
 
 
 def test_kernels_compile_for_real_gpus_without_one(tmp_path: Path) -> None:
-    """Every kernel, in a fresh process (here they may be interpreted); `tools/kernels aot` does all shapes and dtypes."""
+    """Every kernel, in a fresh process (here they may be interpreted); `tools/kernels aot` does all shapes."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = [str(ROOT / "tools"), str(ROOT), environment.get("PYTHONPATH", "")]
     command = [sys.executable, "-m", "kernels_tool", "aot", "--out", str(tmp_path), "--dtype", "bf16"]
