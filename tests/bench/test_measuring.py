@@ -59,6 +59,7 @@ def test_every_kind_of_row_gives_a_finite_time(backend: str, tmp_path: Path, mon
     assert ours.floor_ms == pytest.approx(((ours.weight_bytes or 0) + (ours.cache_bytes or 0)) / _bandwidth(tmp_path))
     assert plain.cache_bytes == 2 * 2 * 2 * 17 * 16 * 4  # K and V, rows, heads, slots, head dim, fp32
     assert "decode: " in str(ours.kernel)
+    assert f"graphs compiled: prefill {backend == 'inductor':d}, decode {backend == 'inductor':d}" in str(ours.kernel)
     if backend == "inductor":  # the eager backend has no kernels to exchange
         assert "plain" in str(plain.kernel)
 

@@ -191,7 +191,8 @@ def op_step(program: Any, row: Row) -> Step:
 def _facts(compiled: Any) -> dict[str, Any]:
     report = compiled.report
     kernels = "; ".join(f"{op}: {name}" for op, name in report.kernels.items())
-    return {"kernel": kernels, "compile_seconds": report.compile_seconds}
+    parts = ", ".join(f"{graph} {count}" for graph, count in report.parts.items())  # whether layers were outlined
+    return {"kernel": f"{kernels}; graphs compiled: {parts}", "compile_seconds": report.compile_seconds}
 
 
 def _ids(compiled: Any, batch: int, tokens: int) -> Tensor:
