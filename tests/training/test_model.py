@@ -14,6 +14,7 @@ from training.curriculum import Forms
 from training.heads import whole_heads
 from training.loop import Plan, Trainer
 from training.model import FAMILIES, build_model, build_optimizers, projections
+from training.train import commands
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -65,6 +66,10 @@ def test_a_plan_may_get_longer_and_says_so_but_not_another(tmp_path: Path) -> No
     longer = trainer(9)
     longer.load(tmp_path / "state.pt")
     assert longer.progress.extended == [[1, 4]]
+    first_call = "tools/train llama --seed 0 --lr 0.004 --steps 4"
+    told = commands(longer.plan, longer.progress.extended)
+    assert told == f"{first_call}; tools/train llama --seed 0 --lr 0.004 --steps 9 --resume"
+    assert commands(first.plan, first.progress.extended) == first_call
     for other in (trainer(3), trainer(4, seed=1), trainer(4, family="mistral")):
         with pytest.raises(ValueError, match="the checkpoint's plan must be"):
             other.load(tmp_path / "state.pt")

@@ -50,6 +50,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     unknown = sorted(set(options.methods or ()) - set(known))
     if unknown:
         parser.error(f"--methods must be of {', '.join(known)}, got {', '.join(unknown)}")
+    options.methods = {name: method for name, method in known.items() if name in (options.methods or known)}
+    options.shares = options.shares or list(ABLATED_SHARES if options.ablations else SHARES)
     return options
 
 
@@ -66,18 +68,15 @@ def main(arguments: list[str] | None = None) -> None:
     size = QUICK if options.quick else FULL
     given = sys.argv[1:] if arguments is None else arguments
     records = Records.read(options.out) if options.out.exists() else Records(options.out)
-    known = ABLATIONS if options.ablations else METHODS
-    methods = {name: method for name, method in known.items() if name in (options.methods or known)}
-    shares = options.shares or list(ABLATED_SHARES if options.ablations else SHARES)
     for family in options.models:
         session = Session(family, size, records, conditions(size, family, given), console)
-        session.ours(methods, shares)
+        session.ours(options.methods, options.shares)
         if options.ablations:
             continue
         if options.peers:
             from quality_tool import peers
 
-            peers.judge(session, shares)
+            peers.judge(session, options.shares)
         session.survivors()
     tables.write(records, options.out.with_suffix(".txt"))
     tables.show(records, console)

@@ -98,10 +98,8 @@ def _compiled(model: Any, config: zs.ZSMergeConfig, batch_size: int, reference: 
     chosen = [kernels.choose(op, program) for op in ops]
     graphs = (program.prefill, program.decode)
     run = [_calling(gm, op, kernel.run) for gm, op, kernel in zip(graphs, ops, chosen, strict=True)]
-    names = dict(zip(("extend", "decode"), (kernel.name for kernel in chosen), strict=True))
-    lowered = Lowered(*run, names, {"prefill": 0, "decode": 0})
     chunk = config.chunk if config.prefill == "chunked" else None
-    return CompiledModel(model, program, lowered, compiled.report, chunk, check_nan=False)
+    return CompiledModel(model, program, Lowered(*run, {}, {}), compiled.report, chunk, check_nan=False)
 
 
 def _calling(gm: fx.GraphModule, op: Any, run: Any) -> fx.GraphModule:

@@ -117,7 +117,7 @@ def make_record(trainer: Trainer, material: Material, figures: Figures, prompt: 
     """What training.json says."""
     plan = trainer.plan
     return {
-        "command": f"tools/train {plan.family} --seed {plan.seed} --steps {plan.steps} --lr {plan.lr}",
+        "command": commands(plan, trainer.progress.extended),
         "family": plan.family,
         "shape": shape(trainer.model.config),
         "seed": plan.seed,
@@ -136,6 +136,13 @@ def make_record(trainer: Trainer, material: Material, figures: Figures, prompt: 
         "held_out_text": prompt.name,
         "loss_curve": trainer.progress.curve,
     }
+
+
+def commands(plan: Plan, extended: list[list[int]]) -> str:
+    """What was run, a call for each length of the plan: a longer plan raises the rate again, so they are not one."""
+    fixed = f"tools/train {plan.family} --seed {plan.seed} --lr {plan.lr}"
+    planned = [steps for _, steps in extended] + [plan.steps]
+    return "; ".join(f"{fixed} --steps {steps}{' --resume' * (turn > 0)}" for turn, steps in enumerate(planned))
 
 
 def shape(config: Any) -> str:
