@@ -6,23 +6,32 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import zsmerge_compile as zs
+from quality_tool.material import TRUTH
 
 SHARES = (1.0, 0.5, 0.2, 0.1, 0.05)  # of the prompt's tokens
 FULL_CACHE = "full cache"
 
 
 class Method(NamedTuple):
-    """fields of ZSMergeConfig that differ from the default; cosine: eq. 6 by cosine similarity, in the reference."""
+    """fields of ZSMergeConfig that differ from the default; cosine: eq. 6 by cosine similarity, in the reference;
+    more: slots beyond the budget."""
 
     fields: dict[str, Any]
     cosine: bool = False
+    more: int = 0
 
     def config(self, budget: int) -> zs.ZSMergeConfig:
-        return zs.ZSMergeConfig(budget, **self.fields)
+        return zs.ZSMergeConfig(budget + self.more, **self.fields)
 
 
+DEFAULT = Method({})
+
+
+# A press compresses the prompt to the budget and then keeps all of the continuation: it begins with the slots of
+# "zsmerge, segment" and ends with those of "zsmerge, a press's last slots", and stands between the two.
 METHODS: dict[str, Method] = {
     "zsmerge, segment": Method({"merge": "segment"}),
+    "zsmerge, a press's last slots": Method({}, more=TRUTH),
     "zsmerge, sequential": Method({"merge": "sequential"}),
     "zsmerge, chunked segment": Method({"merge": "segment", "prefill": "chunked"}),
     "zsmerge, chunked sequential": Method({"merge": "sequential", "prefill": "chunked"}),
@@ -40,13 +49,13 @@ def _one_by_one(name: str, values: tuple[Any, ...], make: Callable[[Any], Method
 # The group's score is a sum; a mean divides all scores of a head by one number and so decides nothing
 # (tests/quality/test_methods.py), which is why it has no row.
 ABLATIONS: dict[str, Method] = {
-    "default": Method({}),
+    "default": DEFAULT,
     **_one_by_one("merge", ("segment", "sequential")),
     **_one_by_one("proximity", (0.3, 0.4, 0.5, 0.6, 0.7)),
     **_one_by_one("residual", (0, 0.02, 0.05, 0.1)),
     **_one_by_one("alpha", (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)),
     **_one_by_one("decay", (0.9, 0.95, 0.98, 0.99, 1.0)),
-    **_one_by_one("chunk", (128, 256, 512, 1024), lambda size: Method({"prefill": "chunked", "chunk": size})),
+    **_one_by_one("chunk", (64, 128, 256, 512, 1024), lambda size: Method({"prefill": "chunked", "chunk": size})),
     "residual slot by cosine, segment": Method({"merge": "segment"}, cosine=True),
     "residual slot by cosine, sequential": Method({"merge": "sequential"}, cosine=True),
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 from training.model import FAMILIES
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class Records:
@@ -43,7 +43,7 @@ class Records:
     def read(cls, path: Path) -> Records:
         raw = json.loads(path.read_text())
         if raw.get("schema") != SCHEMA:
-            raise SystemExit(f"results must be of schema {SCHEMA}, got {raw.get('schema')} in {path}")
+            raise SystemExit(f"results must be of schema {SCHEMA}, got {raw.get('schema')} in {path}; name another --out")
         records = cls(path)
         for name in ("conditions", "cells", "survivors", "presses"):
             setattr(records, name, raw[name])

@@ -13,11 +13,12 @@ from quality_tool.records import Records
 MEASURES = {
     "loss": "held-out loss of the continuation, nats per token",
     "loss_added": "loss added to the full cache's, nats per token",
+    "loss_over_default": "loss over the default's at the same budget, text by text, nats per token",
     "recall": "recall of planted facts asked for after compression",
     "agreement": "greedy tokens equal to the full cache's at the same place",
     "rouge_l": "ROUGE-L of the greedy continuation with the full cache's",
 }
-_NATS = ("loss", "loss_added")
+_NATS = ("loss", "loss_added", "loss_over_default")
 
 
 def write(records: Records, path: Path) -> None:
@@ -52,6 +53,8 @@ def text(cell: dict[str, Any] | None, measure: str) -> str:
         return ""
     if "why_not" in cell:
         return str(cell["why_not"])
+    if cell[measure] is None:
+        return ""
     figure, form = cell[measure], "{:.3f}" if measure in _NATS else "{:.1%}"
     mean, low, high = (form.format(figure[name]) for name in ("mean", "low", "high"))
     return f"{mean} \\[{low} {high}]"
