@@ -35,7 +35,7 @@ class ZSMergeConfig:
     proximity  newest tokens kept: a count, or a share (float) of the budget; at least 1 slot
     residual   slots that hold merged tokens: a count, or a share of budget - proximity (at least 1 slot if above 0);
                0 is pure eviction, and with decay=1 H2O
-    alpha      compensation alpha * log(weight) of eq. 8, in [0, 1]
+    alpha      compensation alpha * log(weight) of eq. 8, in [0, 1]; the paper's is 0.6, ours was measured (README)
     decay      lambda of eq. 5, in [0, 1]
     prefill    "full": exact attention over the whole prompt, then one compression; "chunked": the prompt streams
                through in chunks of `chunk` tokens, memory O(budget + chunk)
@@ -49,7 +49,7 @@ class ZSMergeConfig:
     budget: int | tuple[int, ...]
     proximity: int | float = 0.5
     residual: int | float = 0.02
-    alpha: float = 0.6
+    alpha: float = 1.0
     decay: float = 0.98
     prefill: str = "full"
     merge: str = "segment"

@@ -54,9 +54,9 @@ def test_figures_of_a_method_beside_the_full_cache() -> None:
     material = Material([Text([1], [2, 3])] * 2, [Recall([1], questions)] * 2)
     full = Answers([1.0, 2.0], [[5, 6], [7, 8]], [[True] * 3] * 2, 1.0)
     ours = Answers([1.5, 2.5], [[5, 9], [7, 8]], [[False, True, True], [False, False, True]], 1.0)
-    default = Answers([1.0, 3.0], ours.greedy, ours.right, 1.0)
-    told = figures(ours, full, default, material)
-    assert told["loss_over_default"]["mean"] == 0.0 and figures(ours, full, None, material)["loss_over_default"] is None
+    base = Answers([1.0, 3.0], ours.greedy, ours.right, 1.0)
+    told = figures(ours, full, base, material)
+    assert told["loss_over_base"]["mean"] == 0.0 and figures(ours, full, None, material)["loss_over_base"] is None
     assert told["loss"]["mean"] == 2.0 and told["loss_added"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
     assert told["recall"]["mean"] == 0.5 and told["agreement"]["mean"] == 0.75 and told["rouge_l"]["mean"] == 0.75
     depths = told["recall_by_depth"]

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from quality_tool import plots, tables
 from quality_tool.material import FULL, QUICK
-from quality_tool.methods import ABLATED_SHARES, ABLATIONS, METHODS, SHARES
+from quality_tool.methods import ABLATED_SHARES, ABLATIONS, BASE, DEFAULT, METHODS, SHARES
 from quality_tool.records import Records
 from quality_tool.session import Session, conditions
 from training.model import FAMILIES
@@ -25,7 +25,7 @@ RESULTS = ROOT / "tools" / "results"
 _EXAMPLES = """examples:
   tools/quality                             everything: our methods and kvpress's, all models
   tools/quality --no-peers --models llama   without the second environment
-  tools/quality --ablations                 one change to the default at a time
+  tools/quality --ablations                 one change to the paper's values at a time
   tools/quality --quick --out /tmp/q.json   a look: four texts and recall prompts
 """
 
@@ -37,7 +37,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=list(FAMILIES), default=list(FAMILIES), metavar="FAMILY")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help=f"ours, of: {', '.join(METHODS)} (all)")
     parser.add_argument("--shares", nargs="+", type=share, metavar="X", help="budgets as shares of the prompt")
-    parser.add_argument("--ablations", action="store_true", help="single changes to the default instead of methods")
+    parser.add_argument("--ablations", action="store_true", help="single changes to the paper's values instead")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave out kvpress")
     parser.add_argument("--quick", action="store_true", help="four texts and four recall prompts")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
@@ -69,7 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     records = Records.read(options.out) if options.out.exists() else Records(options.out)
     for family in options.models:
-        session = Session(family, size, records, conditions(size, family, given), console)
+        base = BASE if options.ablations else DEFAULT
+        session = Session(family, base, size, records, conditions(size, family, given), console)
         session.ours(options.methods, options.shares)
         if options.ablations:
             continue

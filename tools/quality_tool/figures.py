@@ -30,11 +30,11 @@ def figure(units: Floats) -> Figure:
     return Figure(*(round(float(value), 4) for value in (units.mean(), low, high)))
 
 
-def figures(answers: Answers, full: Answers, default: Answers | None, material: Material) -> dict[str, Any]:
-    """What the table shows, as JSON can hold it; `full` are the full cache's answers, `default` those of the default
-    config at the same budget.
+def figures(answers: Answers, full: Answers, base: Answers | None, material: Material) -> dict[str, Any]:
+    """What the table shows, as JSON can hold it; `full` are the full cache's answers, `base` those of the base
+    method (the default, or what the ablations change) at the same budget.
 
-    loss: nats per token; loss_added, loss_over_default: over the full cache's and the default's, text by text; recall,
+    loss: nats per token; loss_added, loss_over_base: over the full cache's and the base's, text by text; recall,
     agreement, rouge_l: shares.
     """
     losses = np.array(answers.losses)
@@ -43,7 +43,7 @@ def figures(answers: Answers, full: Answers, default: Answers | None, material: 
     return {
         "loss": figure(losses)._asdict(),
         "loss_added": figure(losses - np.array(full.losses))._asdict(),
-        "loss_over_default": figure(losses - np.array(default.losses))._asdict() if default else None,
+        "loss_over_base": figure(losses - np.array(base.losses))._asdict() if base else None,
         "recall": figure(right.mean(1))._asdict(),
         "recall_by_depth": by_depth(right, material),
         "agreement": figure(np.array([np.mean(np.array(a) == np.array(b)) for a, b in pairs]))._asdict(),

@@ -1,8 +1,7 @@
-"""Our methods and the single changes to the default that the ablations try, as configs of a budget."""
+"""Our methods and the single changes to the paper's values that the ablations try, as configs of a budget."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import zsmerge_compile as zs
@@ -40,22 +39,24 @@ METHODS: dict[str, Method] = {
 }
 
 ABLATED_SHARES = (0.2, 0.1, 0.05)
+PAPER: dict[str, Any] = {"alpha": 0.6, "decay": 0.98}  # the paper's values; what the ablations change one by one
+BASE = Method(PAPER)
 
 
-def _one_by_one(name: str, values: tuple[Any, ...], make: Callable[[Any], Method] | None = None) -> dict[str, Method]:
-    return {f"{name}={value}": make(value) if make else Method({name: value}) for value in values}
+def _one_by_one(name: str, values: tuple[Any, ...], **more: Any) -> dict[str, Method]:
+    return {f"{name}={value}": Method(PAPER | more | {name: value}) for value in values}
 
 
 # The group's score is a sum; a mean divides all scores of a head by one number and so decides nothing
 # (tests/quality/test_methods.py), which is why it has no row.
 ABLATIONS: dict[str, Method] = {
-    "default": DEFAULT,
+    "base": BASE,
     **_one_by_one("merge", ("segment", "sequential")),
     **_one_by_one("proximity", (0.3, 0.4, 0.5, 0.6, 0.7)),
     **_one_by_one("residual", (0, 0.02, 0.05, 0.1)),
     **_one_by_one("alpha", (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)),
     **_one_by_one("decay", (0.9, 0.95, 0.98, 0.99, 1.0)),
-    **_one_by_one("chunk", (64, 128, 256, 512, 1024), lambda size: Method({"prefill": "chunked", "chunk": size})),
-    "residual slot by cosine, segment": Method({"merge": "segment"}, cosine=True),
-    "residual slot by cosine, sequential": Method({"merge": "sequential"}, cosine=True),
+    **_one_by_one("chunk", (64, 128, 256, 512, 1024), prefill="chunked"),
+    "residual slot by cosine, segment": Method(PAPER | {"merge": "segment"}, cosine=True),
+    "residual slot by cosine, sequential": Method(PAPER | {"merge": "sequential"}, cosine=True),
 }

@@ -43,7 +43,8 @@ class Records:
     def read(cls, path: Path) -> Records:
         raw = json.loads(path.read_text())
         if raw.get("schema") != SCHEMA:
-            raise SystemExit(f"results must be of schema {SCHEMA}, got {raw.get('schema')} in {path}; name another --out")
+            got = f"got {raw.get('schema')} in {path}; name another --out"
+            raise SystemExit(f"results must be of schema {SCHEMA}, {got}")
         records = cls(path)
         for name in ("conditions", "cells", "survivors", "presses"):
             setattr(records, name, raw[name])

@@ -14,7 +14,7 @@ from quality_tool import ours
 from quality_tool.answers import Answers
 from quality_tool.figures import figures
 from quality_tool.material import ASSETS, PROMPT, TRUTH, Material
-from quality_tool.methods import DEFAULT, FULL_CACHE, METHODS, Method
+from quality_tool.methods import FULL_CACHE, METHODS, Method
 from quality_tool.records import Records
 from training.judge import CHECK_RECALL
 from training.publish import environment
@@ -24,12 +24,18 @@ _EVERYTHING = PROMPT + TRUTH  # slots for all that is ever fed: a question and i
 
 
 class Session:
-    """A model, its material, and the answers of the full cache and of the default, which others are held against."""
+    """A model, its material, and the full cache's and the base method's answers, which others are held against."""
 
     def __init__(
-        self, family: str, size: materials.Size, records: Records, conditions: dict[str, Any], console: Console
+        self,
+        family: str,
+        base: Method,
+        size: materials.Size,
+        records: Records,
+        conditions: dict[str, Any],
+        console: Console,
     ) -> None:
-        self.family, self.folder = family, ASSETS / f"{family}-stdlib"
+        self.base, self.family, self.folder = base, family, ASSETS / f"{family}-stdlib"
         if not self.folder.exists():
             raise SystemExit(
                 f"{family} must be a shipped model, got none in {self.folder}; tools/train {family} makes it"
@@ -39,13 +45,13 @@ class Session:
         self.records, self.console = records, console
         records.begin(family, conditions)
         self.full: Answers = ours.judge(self.model, Method({"residual": 0}), _EVERYTHING, self.material)
-        self._defaults: dict[float, Answers] = {}
+        self._bases: dict[float, Answers] = {}
         self.record(FULL_CACHE, None, self.full)
 
     def record(self, method: str, share: float | None, answers: Answers, more: int = 0) -> None:
         """Adds one cell, and says so; `more` as in Method."""
-        default = None if share is None else self.default(share)
-        told = figures(answers, self.full, default, self.material)
+        base = None if share is None else self.base_answers(share)
+        told = figures(answers, self.full, base, self.material)
         slots = None if share is None else slots_of(share) + more
         self.records.add(model=self.family, method=method, share=share, slots=slots, **told)
         budget = "" if share is None else f" {share:.0%}"
@@ -62,14 +68,14 @@ class Session:
         for name, method in methods.items():
             for share in shares:
                 slots = slots_of(share)
-                known = not method.cosine and method.config(slots) == DEFAULT.config(slots)
-                answers = self.default(share) if known else ours.judge(self.model, method, slots, self.material)
+                known = not method.cosine and method.config(slots) == self.base.config(slots)
+                answers = self.base_answers(share) if known else ours.judge(self.model, method, slots, self.material)
                 self.record(name, share, answers, method.more)
 
-    def default(self, share: float) -> Answers:
-        if share not in self._defaults:
-            self._defaults[share] = ours.judge(self.model, DEFAULT, slots_of(share), self.material)
-        return self._defaults[share]
+    def base_answers(self, share: float) -> Answers:
+        if share not in self._bases:
+            self._bases[share] = ours.judge(self.model, self.base, slots_of(share), self.material)
+        return self._bases[share]
 
     def survivors(self) -> None:
         """Which positions of the first text's prompt are kept, per layer and key/value head."""

@@ -13,12 +13,12 @@ from quality_tool.records import Records
 MEASURES = {
     "loss": "held-out loss of the continuation, nats per token",
     "loss_added": "loss added to the full cache's, nats per token",
-    "loss_over_default": "loss over the default's at the same budget, text by text, nats per token",
+    "loss_over_base": "loss over that of the first method with a budget, text by text, nats per token",
     "recall": "recall of planted facts asked for after compression",
     "agreement": "greedy tokens equal to the full cache's at the same place",
     "rouge_l": "ROUGE-L of the greedy continuation with the full cache's",
 }
-_NATS = ("loss", "loss_added", "loss_over_default")
+_NATS = ("loss", "loss_added", "loss_over_base")
 
 
 def write(records: Records, path: Path) -> None:

@@ -51,7 +51,7 @@ class Head:
     """
 
     split: Split
-    alpha: float = 0.6
+    alpha: float = 1.0
     decay: float = 0.98
     merge: Literal["segment", "sequential"] = "segment"
     window: int | None = None
@@ -158,7 +158,7 @@ class Oracle:
         model: nn.Module,
         splits: Sequence[Split],
         windows: Sequence[int | None] | None = None,
-        alpha: float = 0.6,
+        alpha: float = 1.0,
         decay: float = 0.98,
         merge: Literal["segment", "sequential"] = "segment",
         batch: int = 1,
