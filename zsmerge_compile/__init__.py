@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zsmerge_compile import testing as testing
     from zsmerge_compile.api import compile as compile
+    from zsmerge_compile.bundles.export import export as export
+    from zsmerge_compile.bundles.load import load as load
     from zsmerge_compile.config import ZSMergeConfig as ZSMergeConfig
     from zsmerge_compile.errors import ZSMergeError as ZSMergeError
     from zsmerge_compile.runtime.model import CompiledModel as CompiledModel
@@ -23,11 +25,13 @@ __version__ = "0.1.0"
 
 _HOME = {
     "compile": "zsmerge_compile.api",
+    "export": "zsmerge_compile.bundles.export",
+    "load": "zsmerge_compile.bundles.load",
     "ZSMergeConfig": "zsmerge_compile.config",
     "ZSMergeError": "zsmerge_compile.errors",
     "CompiledModel": "zsmerge_compile.runtime.model",
 }
-__all__ = ["CompiledModel", "ZSMergeConfig", "ZSMergeError", "compile", "testing"]
+__all__ = ["CompiledModel", "ZSMergeConfig", "ZSMergeError", "compile", "export", "load", "testing"]
 
 
 def __getattr__(name: str) -> Any:

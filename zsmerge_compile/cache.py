@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zsmerge_compile.errors import CacheStateError, must
-from zsmerge_compile.program import Program
+from zsmerge_compile.program import Interface
 
 
 class Cache:
@@ -21,14 +21,13 @@ class Cache:
     nbytes       bytes allocated for all layers and seen_tokens
     """
 
-    def __init__(self, program: Program) -> None:
-        self._states = program.allocate()
-        fields = program.policy.state_fields
-        self.layers = [SimpleNamespace(**dict(zip(fields, state, strict=True))) for state in self._states]
+    def __init__(self, interface: Interface) -> None:
+        self._states = interface.allocate()
+        self.layers = [SimpleNamespace(**state) for state in self._states]
         with torch.inference_mode(False):
-            self.seen_tokens = torch.zeros(program.batch_size, dtype=torch.int64, device=program.device)
-        self.flat: list[Tensor] = [tensor for state in self._states for tensor in state]
-        self._broken = [False] * program.batch_size
+            self.seen_tokens = torch.zeros(interface.batch_size, dtype=torch.int64, device=interface.device)
+        self.flat: list[Tensor] = [tensor for state in self._states for tensor in state.values()]
+        self._broken = [False] * interface.batch_size
 
     @property
     def nbytes(self) -> int:

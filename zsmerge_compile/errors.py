@@ -29,6 +29,10 @@ class CacheStateError(ZSMergeError):
     """A cache row is in no state to be used; `reset(rows)` makes it usable again."""
 
 
+class BundleError(ZSMergeError):
+    """An exported bundle is damaged, of another version or format, or names what it may not."""
+
+
 class EquivalenceError(ZSMergeError):
     """A compiled model and what it must equal give different logits; the message has the smallest case found."""
 

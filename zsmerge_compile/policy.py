@@ -24,6 +24,10 @@ class ZSMergePolicy:
         self.decode_op = contracts.DECODE
         self.extend_op = contracts.EXTEND
 
+    def describe(self) -> dict[str, Any]:
+        """The config's fields."""
+        return self.config.describe()
+
     def layouts(self, sites: Sequence[Site]) -> tuple[LayerLayout, ...]:
         """Budgets per layer; a layer with a sliding window gets no more than `window` slots."""
         budgets = self.config.layer_budgets(len(sites))

@@ -1,8 +1,9 @@
-"""The sealed result of the passes: what every backend, exporter and runtime starts from."""
+"""The sealed result of the passes, what every backend and exporter starts from; and what a runtime must know of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -10,6 +11,36 @@ from torch import Tensor, fx
 from zsmerge_compile.models.spec import ModelSpec
 from zsmerge_compile.ops.policy import CachePolicy, Site
 from zsmerge_compile.ops.state import LayerLayout
+
+
+class TensorSpec(NamedTuple):
+    """A tensor without its content."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What a runtime must know of two graphs to call them.
+
+    state  one per layer: its tensors by name, in the order in which the graphs take them; an empty cache is all zeros
+    """
+
+    batch_size: int
+    dtype: torch.dtype
+    device: torch.device
+    vocab_size: int
+    max_positions: int | None  # tokens a row can hold; None: no limit
+    state: tuple[dict[str, TensorSpec], ...]
+
+    def allocate(self) -> list[dict[str, Tensor]]:
+        """An empty cache, of ordinary tensors even under torch.inference_mode."""
+        with torch.inference_mode(False):
+            return [
+                {name: torch.zeros(spec.shape, dtype=spec.dtype, device=self.device) for name, spec in layer.items()}
+                for layer in self.state
+            ]
 
 
 @dataclass(frozen=True)
@@ -38,3 +69,19 @@ class Program:
         """An empty cache: one state per layer, of ordinary tensors even under torch.inference_mode."""
         with torch.inference_mode(False):
             return [self.policy.allocate(layout, self.batch_size, self.dtype, self.device) for layout in self.layouts]
+
+    def interface(self) -> Interface:
+        """What a runtime must know."""
+        return Interface(
+            batch_size=self.batch_size,
+            dtype=self.dtype,
+            device=self.device,
+            vocab_size=self.spec.vocab_size,
+            max_positions=self.spec.max_positions,
+            state=tuple(self._specs(layout) for layout in self.layouts),
+        )
+
+    def _specs(self, layout: LayerLayout) -> dict[str, TensorSpec]:
+        tensors = self.policy.allocate(layout, self.batch_size, self.dtype, torch.device("meta"))
+        named = zip(self.policy.state_fields, tensors, strict=True)
+        return {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in named}

@@ -166,13 +166,16 @@ def absorb(residual: Residual, victims: Tokens, merge: str, in_turn: InTurn = in
     return in_turn(residual, arrivals)
 
 
+def every(victims: Tokens) -> Residual:
+    """Every victim, and every hole among them, as an arrival of its own."""
+    key, value, weight, score, position = victims
+    return Residual(key.float(), value.float(), weight, score, position, position.float(), position)
+
+
 def singly(victims: Tokens) -> Residual:
     """Every victim as an arrival of its own."""
-    key, value, weight, score, position = victims
-    longest = int((weight > 0).sum(2).max()) if weight.numel() else 0  # victims lie first: holes need no visit
-    return Residual(
-        *(t[:, :, :longest] for t in (key.float(), value.float(), weight, score, position, position.float(), position))
-    )
+    longest = int((victims.weight > 0).sum(2).max()) if victims.weight.numel() else 0  # victims lie first
+    return Residual(*(t[:, :, :longest] for t in every(victims)))
 
 
 def segments(victims: Tokens, residual: int) -> Residual:

@@ -46,6 +46,9 @@ class CachePolicy(Protocol):
     extend_op: Any
     state_fields: tuple[str, ...]
 
+    def describe(self) -> dict[str, Any]:
+        """Its parameters, as JSON can hold them."""
+
     def layouts(self, sites: Sequence[Site]) -> tuple[LayerLayout, ...]:
         """Budgets per layer, in the sites' order."""
 

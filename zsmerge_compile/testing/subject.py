@@ -51,7 +51,7 @@ class Subject:
             self._compiled[key] = compile(self.model, self.config_of(case), case.batch, self.backend)
         compiled = self._compiled[key]
         compiled.reset()
-        compiled._chunk = case.chunk
+        compiled.chunk = case.chunk
         return compiled
 
     def reference(self, case: Case) -> Reference:

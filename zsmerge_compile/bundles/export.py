@@ -1,0 +1,106 @@
+"""From a compiled model to a bundle: a folder with everything a later process needs, and no pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+import zsmerge_compile
+from zsmerge_compile.bundles import graphs as made
+from zsmerge_compile.bundles import manifest
+from zsmerge_compile.errors import BundleError, InputError, MissingBackendError, must
+from zsmerge_compile.runtime.model import CompiledModel
+
+FORMATS = ("pt2", "aoti")
+PLANNED = ("onnx",)
+WEIGHTS = "weights.safetensors"
+
+
+def export(
+    compiled: CompiledModel, path: str | os.PathLike[str], format: str = "pt2", *, tokenizer: Any = None
+) -> Path:
+    """Write `compiled` as a bundle into the folder `path`, which must be new or empty; returns the folder.
+
+    format     "pt2": programs of torch.export, for any machine with PyTorch, run node by node; "aoti": machine code by
+               AOTInductor, for the kind of device and processor it was written on
+    tokenizer  a transformers tokenizer whose files go along
+
+    The graphs hold standard operators only, whatever backend `compiled` has: its kernels stay behind. The cache's
+    content does not go along. Raises InputError, MissingBackendError or BundleError; a folder appears whole or not at
+    all.
+    """
+    if not isinstance(compiled, CompiledModel):
+        raise InputError(must("compiled", "what zs.compile returned", type(compiled).__name__))
+    if format in PLANNED:
+        raise MissingBackendError(must("format", " or ".join(FORMATS), f"{format}, which is not built yet"))
+    if format not in FORMATS:
+        raise MissingBackendError(must("format", f"one of {', '.join(FORMATS)}", repr(format)))
+    folder = Path(path)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise BundleError(must("path", "a new or empty folder", str(folder)))
+    if not folder.parent.is_dir():
+        raise BundleError(must("path", "in a folder that exists", str(folder)))
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as draft:
+        inner = Path(draft) / "bundle"
+        inner.mkdir()
+        _write(compiled, inner, format, tokenizer)
+        if folder.exists():
+            folder.rmdir()
+        shutil.move(inner, folder)
+    return folder
+
+
+def _write(compiled: CompiledModel, folder: Path, format: str, tokenizer: Any) -> None:
+    program, kind = compiled.program, import_module(f"zsmerge_compile.bundles.{format}")
+    graphs = made.graphs(program)
+    programs = {}
+    for name in ("prefill", "decode"):
+        graph: made.Graph = getattr(graphs, name)
+        kind.write(graph, graphs.weights, folder / f"{name}{kind.SUFFIX}")
+        programs[name] = {"file": f"{name}{kind.SUFFIX}", "inputs": list(graph.inputs), "weights": list(graph.weights)}
+    save_file({name: _own(tensor) for name, tensor in graphs.weights.items()}, folder / WEIGHTS)
+    for name in ("config", "generation_config"):
+        told = getattr(compiled, name)
+        if told is not None:
+            (folder / f"{name}.json").write_text(json.dumps(told.to_dict(), indent=1, default=str) + "\n")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder / "tokenizer")
+    interface, config = program.interface(), program.policy.describe()
+    manifest.Manifest(
+        format=format,
+        versions={"zsmerge_compile": zsmerge_compile.__version__, "python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers")},
+        model={
+            "class": compiled.report.model,
+            "vocab_size": interface.vocab_size,
+            "max_positions": interface.max_positions,
+        },
+        policy={"name": program.policy.name, "config": config},
+        cache={
+            "batch_size": interface.batch_size,
+            "dtype": manifest.dtype_name(interface.dtype),
+            "device": interface.device.type,
+            "layers": [
+                [[name, list(spec.shape), manifest.dtype_name(spec.dtype)] for name, spec in layer.items()]
+                for layer in interface.state
+            ],
+        },
+        chunk=compiled.chunk,
+        programs=programs,
+        files=manifest.checksums(folder),
+    ).write(folder)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A contiguous copy: safetensors refuses tensors that share memory, and parameters may be views of one."""
+    return tensor.detach().to("cpu", copy=True).contiguous()

@@ -1,0 +1,118 @@
+"""Many new tokens at once as one graph: the rule of `reference.extend` without a look at the data.
+
+What `ops/prefill.py` decides from the data (which rows share their padding, whether the cache is empty, how many
+tokens are merged) is not decided here: queries go through in blocks, arrivals at the residual one by one, both by the
+scan operator, which torch.export keeps as a loop, Inductor compiles to one and ONNX calls Scan. No buffer holds more
+than a block times (S + T).
+
+Shapes: b rows, H query heads, G key/value heads, r = H / G, T columns, S slots, R residual slots, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._higher_order_ops.scan import scan
+
+from zsmerge_compile.ops import contracts, fold, reference
+from zsmerge_compile.ops.fold import Residual
+from zsmerge_compile.ops.state import Rule, State
+
+BLOCK = 64  # columns that attend at a time
+
+
+def extend_step(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    """`zsmerge::extend` in aten nodes and scans, the state written in place; a Kernel's `run` (`lower.kernels`)."""
+    state, (rows, seen, pads), rule = State(*rest[:9]), rest[9:12], contracts.rule_of(*rest[12:])
+    out, new = extend(State(*(t.index_select(0, rows) for t in state)), query, key, value, seen[rows], pads, rule)
+    for buffer, content in zip(state, new, strict=True):
+        buffer.index_copy_(0, rows, content)
+    return out
+
+
+def extend(
+    state: State, query: Tensor, key: Tensor, value: Tensor, seen: Tensor, pads: Tensor, rule: Rule
+) -> tuple[Tensor, State]:
+    """As `reference.extend`."""
+    columns = query.shape[2]
+    # more padding on the left, up to whole blocks; two at least, as a trace for one block would be for one alone
+    short = torch.sym_max(2, (columns + BLOCK - 1) // BLOCK) * BLOCK - columns
+    query, key, value = (F.pad(t, (0, 0, short, 0)) for t in (query, key, value))
+    new_count = (columns - pads)[:, None, None]
+    pads = pads + short
+    out, held, received = attend(state, query, key, value, seen, pads, rule)
+    decayed = state.score * torch.full_like(state.score, rule.decay) ** new_count
+    scored = state._replace(score=torch.where(state.weight > 0, decayed + held, 0.0))
+    singles = rule.proximity + 1 + rule.context
+    keys, values = (torch.cat([had[:, :, :singles], new], 2) for had, new in ((state.key, key), (state.value, value)))
+    ring, context, victims, after = fold.sort_out(scored, keys, values, received, seen, pads, rule)
+    residual = absorb(fold.open_residual(scored, after, rule.window), victims, rule.merge)
+    folded = fold.join(ring, context, residual, state.key.dtype)
+    kept = [
+        torch.where((new_count > 0).view(-1, *([1] * (old.dim() - 1))), new, old)
+        for old, new in zip(state, folded, strict=True)
+    ]
+    return out[:, :, short:], State(*kept)
+
+
+def attend(
+    state: State, query: Tensor, key: Tensor, value: Tensor, seen: Tensor, pads: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.attend`, for a number of columns that BLOCK divides."""
+    groups, slots = key.shape[1], state.weight.shape[2]
+    repeats = query.shape[1] // groups
+    column = torch.arange(query.shape[2], device=query.device)
+    at = (seen - pads)[:, None] + column
+    slot_bias = reference.slot_biases(state, query.dtype, rule)
+    new_bias = reference.token_biases(at, groups, query.dtype, rule)
+    live = (state.weight > 0)[:, :, None]
+
+    def block(carry: tuple[Tensor, Tensor], chosen: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        held, received = carry
+        q, mine = chosen  # [b, H, BLOCK, D], [BLOCK]
+        grouped = q.unflatten(1, (groups, repeats)).flatten(2, 3)  # [b, G, r * BLOCK, D]
+        sees_slot = reference.visible((seen - pads)[:, None] + mine, state.position, rule.window) & live
+        behind = mine[:, None] - column
+        sees_new = behind >= 0 if rule.window is None else (behind >= 0) & (behind < rule.window)
+        sees_new = sees_new & (column >= pads[:, None])[:, None]  # [b, BLOCK, T]
+        to_slots = (grouped @ state.key.mT).float().unflatten(2, (repeats, BLOCK)) * rule.scale + slot_bias
+        to_new = (grouped @ key.mT).float().unflatten(2, (repeats, BLOCK)) * rule.scale + new_bias
+        logits = torch.cat(
+            [
+                torch.where(sees_slot[:, :, None], to_slots, -torch.inf),
+                torch.where(sees_new[:, None, None], to_new, -torch.inf),
+            ],
+            -1,
+        )
+        real = (mine >= pads[:, None])[:, None, None, :, None]  # a pad sees nothing: softmax gives NaN
+        attention = torch.where(real, torch.softmax(logits, -1), 0.0)
+        discount = torch.full_like(mine, rule.decay, dtype=torch.float32) ** (column[-1] - mine)
+        mass = (attention * discount[:, None]).sum((2, 3))
+        rows = attention.flatten(2, 3).to(value.dtype)
+        part = rows[..., :slots] @ state.value + rows[..., slots:] @ value
+        carried = held + mass[..., :slots], received + mass[..., slots:]
+        return carried, part.unflatten(2, (repeats, BLOCK)).flatten(1, 2)
+
+    start = torch.zeros_like(state.score), torch.zeros_like(key[..., 0], dtype=torch.float32)
+    blocks = query.unflatten(2, (-1, BLOCK)).movedim(2, 0).contiguous(), column.unflatten(0, (-1, BLOCK))
+    (held, received), out = scan(block, start, blocks)
+    return out.movedim(0, 2).flatten(2, 3), held, received
+
+
+def absorb(residual: Residual, victims: fold.Tokens, merge: str) -> Residual:
+    """As `fold.absorb`."""
+    size = residual.weight.shape[2]
+    if size == 0:
+        return residual
+    arrivals = fold.segments(victims, size) if merge == "segment" else fold.every(victims)
+
+    def one(held: tuple[Tensor, ...], arrival: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor]:
+        new = fold.absorb_one(Residual(*held), Residual(*(t.unsqueeze(2) for t in arrival)))
+        return tuple(new), new.weight.sum()
+
+    steps = tuple(t.movedim(2, 0).contiguous() for t in arrivals)
+    last, _ = scan(one, tuple(t.clone() for t in residual), steps)
+    return Residual(*last)
