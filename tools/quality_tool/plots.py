@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -30,6 +31,7 @@ def _losses(records: Records) -> Figure:
     models = records.models()
     figure = Figure(figsize=(6 * len(models), 4.6), layout="constrained")
     for axis, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        axis.set_prop_cycle(color=colormaps["tab20"].colors)  # more methods than the usual ten colours
         for method in records.methods():
             found = [(share, records.find(model, method, share)) for share in records.shares()]
             points = [(share, cell["loss"]["mean"]) for share, cell in found if cell and "loss" in cell]
