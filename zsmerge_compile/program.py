@@ -34,6 +34,11 @@ class Interface:
     max_positions: int | None  # tokens a row can hold; None: no limit
     state: tuple[dict[str, TensorSpec], ...]
 
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The graphs' names of all tensors of `state`."""
+        return tuple(f"layer{number}_{name}" for number, layer in enumerate(self.state) for name in layer)
+
     def allocate(self) -> list[dict[str, Tensor]]:
         """An empty cache, of ordinary tensors even under torch.inference_mode."""
         with torch.inference_mode(False):

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+import numpy
+import onnx
+import onnxruntime
 import pytest
 import torch
 
 import zsmerge_compile as zs
 from tests.bundles.made import bundle, compiled, greedy
-from tests.models_zoo import VOCAB, prompt
+from tests.models_zoo import VOCAB, prompt, tiny
 from zsmerge_compile.testing.tolerance import LOGITS_FP32
 
 STEPS = 200
 CASES = [
     (name, format, batch)
     for name in ("llama-gqa", "mistral-w8", "falcon-7b")
-    for format in ("pt2", "aoti")
+    for format in ("pt2", "aoti", "onnx")
     for batch in (1, 3)
 ]
-MORE = [("falcon-rw", "pt2", 3), ("falcon-new", "pt2", 3), ("llama-yarn", "pt2", 1)]
+MORE = [("falcon-rw", "pt2", 3), ("falcon-rw", "onnx", 3), ("falcon-new", "pt2", 3), ("llama-yarn", "pt2", 1)]
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -59,7 +63,7 @@ def test_every_format_and_family(name: str, format: str, batch: int) -> None:
     assert_same_turns(zs.load(bundle(name, format, batch)), compiled(name, batch), batch)
 
 
-@pytest.mark.parametrize("format", ["pt2", "aoti"])
+@pytest.mark.parametrize("format", ["pt2", "aoti", "onnx"])
 def test_one_by_one_merging_and_chunked_prompts(format: str) -> None:
     how = ("llama-gqa", 3, "sequential", 16)
     assert_same_turns(zs.load(bundle("llama-gqa", format, *how[1:])), compiled(*how), 3)
@@ -97,6 +101,41 @@ def test_weights_lie_once_in_the_bundle_and_in_memory() -> None:
     assert (folder / "weights.safetensors").stat().st_size < 1.2 * weights + 8192
     for name in ("prefill", "decode"):
         assert b"data/weights/weight_" not in (folder / f"{name}.pt2").read_bytes()
+
+
+def test_onnx_models_stand_alone_and_share_the_weights_file() -> None:
+    """Any runtime can drive them: plain arrays in, logits and the new state out, the given arrays untouched."""
+    folder, model = bundle("llama-gqa", "onnx", 1), compiled("llama-gqa", 1)
+    for name in ("prefill", "decode"):
+        onnx.checker.check_model(str(folder / f"{name}.onnx"))
+        stored = onnx.load(str(folder / f"{name}.onnx"), load_external_data=False)
+        places = [{entry.key: entry.value for entry in tensor.external_data} for tensor in stored.graph.initializer]
+        assert {place["location"] for place in places if place} == {"weights.safetensors"}
+        assert stored.opset_import[0].version == 20
+    session = onnxruntime.InferenceSession(str(folder / "decode.onnx"))
+    state = {name: tensor.numpy() for name, tensor in zip(model.interface.state_names, model.cache.flat, strict=True)}
+    model.reset()
+    given = {"input_ids": numpy.array([[7]]), "seen": numpy.array([0]), "active": numpy.array([True])}
+    out = session.run(None, given | {name: array.copy() for name, array in state.items()})
+    expected = model.decode(torch.tensor([[7]]))
+    assert_close(torch.from_numpy(out[0]), expected)
+    for name, array in zip([value.name for value in session.get_outputs()[1:]], out[1:], strict=True):
+        numpy.testing.assert_allclose(array, state[name.removesuffix("_out")], atol=1e-5)
+
+
+def test_onnx_refuses_bfloat16(tmp_path: Path) -> None:
+    half = zs.compile(tiny("llama-gqa", torch.bfloat16), zs.ZSMergeConfig(12), backend="eager")
+    with pytest.raises(zs.ZSMergeError, match="dtype of an onnx bundle must be float32 or float16, got bfloat16"):
+        zs.export(half, tmp_path / "half", "onnx")
+    assert not (tmp_path / "half").exists()
+
+
+@pytest.mark.parametrize("format", ["pt2", "onnx"])
+def test_no_residual_slots(format: str, tmp_path: Path) -> None:
+    evicting = zs.compile(tiny("llama-gqa"), zs.ZSMergeConfig(12, residual=0), 1, backend="eager")
+    assert torch.equal(
+        greedy(zs.load(zs.export(evicting, tmp_path / "b", format)), 1, 30)[0], greedy(evicting, 1, 30)[0]
+    )
 
 
 def test_a_runner_refuses_what_the_model_refuses() -> None:

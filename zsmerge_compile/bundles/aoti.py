@@ -26,7 +26,9 @@ def write(graph: Graph, weights: dict[str, Tensor], path: Path) -> None:
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
 
 
-def read(path: Path, inputs: int, state: Sequence[Tensor], weights: Sequence[Tensor]) -> Callable[..., Tensor]:
+def read(
+    path: Path, inputs: Sequence[str], state: Sequence[tuple[str, Tensor]], weights: Sequence[Tensor]
+) -> Callable[..., Tensor]:
     """(inputs, state) -> logits, the state written in place. Raises BundleError."""
     try:
         run = torch._inductor.aoti_load_package(str(path))

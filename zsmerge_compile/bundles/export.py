@@ -18,12 +18,11 @@ from torch import Tensor
 import zsmerge_compile
 from zsmerge_compile.bundles import graphs as made
 from zsmerge_compile.bundles import manifest
+from zsmerge_compile.bundles.graphs import WEIGHTS
 from zsmerge_compile.errors import BundleError, InputError, MissingBackendError, must
 from zsmerge_compile.runtime.model import CompiledModel
 
-FORMATS = ("pt2", "aoti")
-PLANNED = ("onnx",)
-WEIGHTS = "weights.safetensors"
+FORMATS = ("pt2", "aoti", "onnx")
 
 
 def export(
@@ -32,7 +31,8 @@ def export(
     """Write `compiled` as a bundle into the folder `path`, which must be new or empty; returns the folder.
 
     format     "pt2": programs of torch.export, for any machine with PyTorch, run node by node; "aoti": machine code by
-               AOTInductor, for the kind of device and processor it was written on
+               AOTInductor, for the kind of device and processor it was written on; "onnx": two ONNX models with the
+               state as inputs and outputs, for any runtime, float32 or float16
     tokenizer  a transformers tokenizer whose files go along
 
     The graphs hold standard operators only, whatever backend `compiled` has: its kernels stay behind. The cache's
@@ -41,8 +41,6 @@ def export(
     """
     if not isinstance(compiled, CompiledModel):
         raise InputError(must("compiled", "what zs.compile returned", type(compiled).__name__))
-    if format in PLANNED:
-        raise MissingBackendError(must("format", " or ".join(FORMATS), f"{format}, which is not built yet"))
     if format not in FORMATS:
         raise MissingBackendError(must("format", f"one of {', '.join(FORMATS)}", repr(format)))
     folder = Path(path)
@@ -63,12 +61,12 @@ def export(
 def _write(compiled: CompiledModel, folder: Path, format: str, tokenizer: Any) -> None:
     program, kind = compiled.program, import_module(f"zsmerge_compile.bundles.{format}")
     graphs = made.graphs(program)
+    save_file({name: _own(tensor) for name, tensor in graphs.weights.items()}, folder / WEIGHTS)
     programs = {}
     for name in ("prefill", "decode"):
         graph: made.Graph = getattr(graphs, name)
         kind.write(graph, graphs.weights, folder / f"{name}{kind.SUFFIX}")
         programs[name] = {"file": f"{name}{kind.SUFFIX}", "inputs": list(graph.inputs), "weights": list(graph.weights)}
-    save_file({name: _own(tensor) for name, tensor in graphs.weights.items()}, folder / WEIGHTS)
     for name in ("config", "generation_config"):
         told = getattr(compiled, name)
         if told is not None:

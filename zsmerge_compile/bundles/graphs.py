@@ -27,8 +27,10 @@ from torch import Tensor, fx, nn
 from zsmerge_compile.lower.kernels import decode_step
 from zsmerge_compile.ops.scan import extend_step
 from zsmerge_compile.passes.graph import attribute
+from zsmerge_compile.passes.insert_cache import DECODE_INPUTS, PREFILL_INPUTS
 from zsmerge_compile.program import Program
 
+WEIGHTS = "weights.safetensors"  # the file with all of them
 LENGTH = 150  # tokens of the example prompt: more than two of the scan's blocks, and no multiple of one
 
 
@@ -37,6 +39,7 @@ class Graph(NamedTuple):
 
     module      called with the graph's inputs, the state and the weights, all positional
     inputs      names of what comes before the state
+    state       names of the state's tensors
     weights     names of the weights it takes, in order
     example     inputs and state to trace it with
     dynamic     their dynamic dimensions, as torch.export takes them
@@ -44,6 +47,7 @@ class Graph(NamedTuple):
 
     module: nn.Module
     inputs: tuple[str, ...]
+    state: tuple[str, ...]
     weights: tuple[str, ...]
     example: tuple[Tensor, ...]
     dynamic: tuple[Any, ...]
@@ -62,7 +66,8 @@ def graphs(program: Program) -> Graphs:
     weights = _Weights()
     prefill, prefill_weights = _standard(program.prefill, program.policy.extend_op, extend_step, weights)
     decode, decode_weights = _standard(program.decode, program.policy.decode_op, decode_step, weights)
-    state = [tensor for layer in program.interface().allocate() for tensor in layer.values()]
+    interface = program.interface()
+    state = [tensor for layer in interface.allocate() for tensor in layer.values()]
     batch, device = program.batch_size, program.device
     seen = torch.zeros(batch, dtype=torch.int64, device=device)
     none = (None,) * len(state)
@@ -72,10 +77,9 @@ def graphs(program: Program) -> Graphs:
     prompt = (ids, ids.clone(), ids[:, 0].clone(), seen, ids[:, 0].clone(), *state)
     moves = ({0: row, 1: column}, {0: row, 1: column}, {0: row}, None, {0: row}, *none)
     token = (ids.new_zeros(batch, 1), seen.clone(), torch.ones_like(seen, dtype=torch.bool), *state)
-    names = [_inputs(gm, len(state)) for gm in (program.prefill, program.decode)]
     return Graphs(
-        Graph(prefill, names[0], prefill_weights, prompt, moves),
-        Graph(decode, names[1], decode_weights, token, (None,) * len(token)),
+        Graph(prefill, PREFILL_INPUTS, interface.state_names, prefill_weights, prompt, moves),
+        Graph(decode, DECODE_INPUTS, interface.state_names, decode_weights, token, (None,) * len(token)),
         weights.tensors,
     )
 
@@ -143,8 +147,3 @@ def _standard(
         copied.graph.erase_node(node)
     copied.recompile()
     return _Called(copied), tuple(taken)
-
-
-def _inputs(gm: fx.GraphModule, state: int) -> tuple[str, ...]:
-    names = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
-    return tuple(names[: len(names) - state])

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from zsmerge_compile.bundles import manifest as manifests
-from zsmerge_compile.bundles.export import FORMATS, WEIGHTS
+from zsmerge_compile.bundles.export import FORMATS
+from zsmerge_compile.bundles.graphs import WEIGHTS
 from zsmerge_compile.bundles.manifest import Manifest
 from zsmerge_compile.errors import BundleError, InputError, must
 from zsmerge_compile.runtime.runner import Runner
@@ -39,13 +40,13 @@ def load(path: str | os.PathLike[str]) -> BundleRunner:
         raise BundleError(must("bundle's format", f"one of {', '.join(FORMATS)}", repr(manifest.format)))
     device = _device(manifest)
     interface = manifest.interface(device)
-    state = [
-        torch.empty(spec.shape, dtype=spec.dtype, device="meta") for layer in interface.state for spec in layer.values()
-    ]
+    specs = (spec for layer in interface.state for spec in layer.values())
+    empty = [torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in specs]
+    state = list(zip(interface.state_names, empty, strict=True))
     weights = _weights(folder, manifest, device)
     kind = import_module(f"zsmerge_compile.bundles.{manifest.format}")
     graphs = {
-        name: kind.read(folder / program["file"], len(program["inputs"]), state, _chosen(weights, program["weights"]))
+        name: kind.read(folder / program["file"], program["inputs"], state, _chosen(weights, program["weights"]))
         for name, program in manifest.programs.items()
     }
     config, generation_config = _configs(folder, manifest)

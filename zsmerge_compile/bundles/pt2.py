@@ -28,10 +28,12 @@ def write(graph: Graph, weights: dict[str, Tensor], path: Path) -> None:
     archive.check(path)
 
 
-def read(path: Path, inputs: int, state: Sequence[Tensor], weights: Sequence[Tensor]) -> Callable[..., Tensor]:
+def read(
+    path: Path, inputs: Sequence[str], state: Sequence[tuple[str, Tensor]], weights: Sequence[Tensor]
+) -> Callable[..., Tensor]:
     """(inputs, state) -> logits, the state written in place. Raises BundleError.
 
-    It is called with `inputs` tensors, then the state and the weights, and must have been made for such ones.
+    It is called with the inputs, the state and the weights, and must have been made for such ones.
     """
     archive.check(path)
     try:
@@ -43,8 +45,8 @@ def read(path: Path, inputs: int, state: Sequence[Tensor], weights: Sequence[Ten
             must(path.name, "a program that torch.export.load reads", f"{type(error).__name__}: {error}")
         ) from error
 
-    made_for = [(tuple(t.shape), t.dtype) for t in takes[inputs:]]
-    given = [(tuple(t.shape), t.dtype) for t in (*state, *weights)]
+    made_for = [(tuple(t.shape), t.dtype) for t in takes[len(inputs) :]]
+    given = [(tuple(t.shape), t.dtype) for t in (*(tensor for _, tensor in state), *weights)]
     if made_for != given:
         raise BundleError(must(path.name, "a program for the manifest's cache and weights", "one for others"))
 
