@@ -41,6 +41,25 @@ def test_run_reads_files_and_samples(checkpoint: Path, tmp_path: Path, capsys: p
     assert texts[0] != texts[1]
 
 
+def test_a_bundle_is_exported_inspected_and_run(
+    checkpoint: Path, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tmp_path / "bundle"
+    assert main(["export", str(checkpoint), str(bundle), "--budget", "64"]) == 0
+    assert f"{bundle}: pt2," in capsys.readouterr().out.replace("\n", "")
+    assert main(["inspect", str(bundle)]) == 0
+    shown = capsys.readouterr().out
+    for word in ("pt2", "budget 64", "decode.pt2", "weights.safetensors", "tokenizer.json", "residual_key"):
+        assert word in shown, shown
+    assert main(["run", str(bundle), "--prompt", "w5 w9 w17 w3 w44", "--max-new-tokens", "8"]) == 0
+    captured = capsys.readouterr()
+    expected = tiny("llama-gqa").generate(torch.tensor([[5, 9, 17, 3, 44]]), max_new_tokens=8, do_sample=False)[0, 5:]
+    assert captured.out.split() == tokenizer.decode(expected).split()
+    assert "64 slots per head" in captured.err
+    assert main(["run", str(bundle), "--prompt", "w5", "--budget", "12"]) == 2
+    assert "--budget must be left out with a bundle" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_inspect_shows_sites_passes_and_bytes(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from zsmerge_compile.cli import bench, check, demo, inspect, run
+from zsmerge_compile.cli import bench, check, demo, export, inspect, run
 from zsmerge_compile.cli.console import complain
 from zsmerge_compile.errors import ZSMergeError
 
@@ -38,6 +38,6 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (demo, inspect, check, run, bench):
+    for module in (demo, inspect, check, export, run, bench):
         module.add(commands)
     return parser

@@ -32,6 +32,11 @@ def load_tokenizer(path: Path) -> Any:
     return _load(AutoTokenizer, path)
 
 
+def is_bundle(path: Path) -> bool:
+    """Whether `export` wrote this directory."""
+    return (path / "manifest.json").is_file()
+
+
 def default_device() -> str:
     import torch
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zsmerge_compile.cli.checkpoint import DTYPES, load_model
+from zsmerge_compile.cli.checkpoint import DTYPES, is_bundle, load_model
 from zsmerge_compile.cli.console import BUDGET_HELP, Budget, add_command, budget, bytes_text, console, count, notes
 from zsmerge_compile.errors import InputError, must
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from zsmerge_compile.runtime.report import Report
 
 _EXAMPLES = """  zsmerge-compile inspect ~/models/Llama-3.2-1B
+  zsmerge-compile inspect bundle/
   zsmerge-compile inspect ~/models/Mistral-7B-v0.1 --budget 2048 --batch-size 8
   zsmerge-compile inspect ~/models/falcon-rw-1b --graphs graphs/     # then: diff graphs/decode/00_* graphs/decode/01_*
 """
@@ -34,7 +35,7 @@ def add(commands: Any) -> None:
         "Nothing is run.",
         _EXAMPLES,
     )
-    parser.add_argument("path", type=Path, metavar="PATH", help="directory with config.json and weights")
+    parser.add_argument("path", type=Path, metavar="PATH", help="directory with config.json and weights, or a bundle")
     parser.add_argument("--budget", type=budget, default=Budget(slots=1024), metavar="N", help=BUDGET_HELP)
     parser.add_argument("--length", type=count, default=4096, metavar="N", help="tokens of the full cache shown (4096)")
     parser.add_argument("--batch-size", type=count, default=1, metavar="N", help="rows of the cache (1)")
@@ -46,6 +47,10 @@ def add(commands: Any) -> None:
 def command(options: argparse.Namespace) -> int:
     if options.graphs is not None and options.graphs.exists() and not options.graphs.is_dir():
         raise InputError(must("--graphs", "a directory", f"{options.graphs}, which is a file"))
+    if is_bundle(options.path):
+        for table in bundle_tables(options.path):
+            console().print(table)
+        return 0
     import zsmerge_compile as zs
 
     with notes().status("loading"):
@@ -61,6 +66,33 @@ def command(options: argparse.Namespace) -> int:
     if options.graphs is not None:
         out.print(f"graphs: {options.graphs}/prefill and {options.graphs}/decode, one file before and after each pass")
     return 0
+
+
+def bundle_tables(path: Path) -> Iterator[Table]:
+    """What the manifest of a bundle says, after its files were checked."""
+    from zsmerge_compile.bundles import manifest
+
+    told = manifest.read(path)
+    facts = _table(f"bundle {path}", "what", "value")
+    facts.add_row("format, version", f"{told.format}, {told.version}")
+    policy = {"name": told.policy.get("name"), **told.policy.get("config", {})}
+    for name, values in (("versions", told.versions), ("model", told.model), ("policy", policy)):
+        facts.add_row(name, ", ".join(f"{key} {value}" for key, value in values.items()))
+    cache = told.cache
+    facts.add_row("cache", f"{cache['batch_size']} rows, {cache['dtype']}, {cache['device']}")
+    facts.add_row("prompts", "whole" if told.chunk is None else f"chunks of {told.chunk}")
+    yield facts
+    state = _table("state, inputs and outputs of both graphs", "layers", "tensor", "shape", "dtype")
+    kinds: list[tuple[str, ...]] = [
+        tuple("\n".join(str(field[place]) for field in layer) for place in range(3)) for layer in cache["layers"]
+    ]
+    for layers, kind in _runs(kinds):
+        state.add_row(layers, *kind)
+    yield state
+    files = _table("files", "name", "bytes", "sha256")
+    for name, fact in told.files.items():
+        files.add_row(name, bytes_text(fact["bytes"]), fact["sha256"][:16])
+    yield files
 
 
 @contextmanager

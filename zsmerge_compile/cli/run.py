@@ -1,4 +1,4 @@
-"""`zsmerge-compile run`: one prompt through a checkpoint directory."""
+"""`zsmerge-compile run`: one prompt through a checkpoint directory or a bundle."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zsmerge_compile.cli.checkpoint import DTYPES, default_device, load_model, load_tokenizer
+from zsmerge_compile.cli.checkpoint import DTYPES, default_device, is_bundle, load_model, load_tokenizer
 from zsmerge_compile.cli.console import (
     BUDGET_HELP,
     Budget,
@@ -23,23 +23,32 @@ from zsmerge_compile.cli.console import (
 from zsmerge_compile.errors import InputError, must
 
 if TYPE_CHECKING:
-    from zsmerge_compile import CompiledModel
+    from zsmerge_compile.runtime.runner import Runner
 
 _EXAMPLES = """  zsmerge-compile run ~/models/Llama-3.2-1B --prompt "The three laws of robotics are"
   zsmerge-compile run ~/models/Llama-3.2-1B --prompt-file report.txt --budget 10% --max-new-tokens 400
+  zsmerge-compile run bundle/ --prompt "def main("
   git diff | zsmerge-compile run ~/models/Mistral-7B-v0.1 --prompt-file - --prefill chunked --temperature 0.7 --seed 1
 """
+
+_FIXED: dict[str, tuple[Any, str]] = {
+    "budget": (Budget(slots=1024), "--budget"),
+    "prefill": ("full", "--prefill"),
+    "dtype": ("auto", "--dtype"),
+    "device": (None, "--device"),
+    "backend": ("inductor", "--backend"),
+}
 
 
 def add(commands: Any) -> None:
     parser = add_command(
         commands,
         "run",
-        "continue a prompt with any local checkpoint, over a cache of fixed size",
+        "continue a prompt with any local checkpoint or bundle, over a cache of fixed size",
         "The text goes to standard output as it is written, figures to standard error.",
         _EXAMPLES,
     )
-    parser.add_argument("path", type=Path, metavar="PATH", help="directory with config.json, weights and tokenizer")
+    parser.add_argument("path", type=Path, metavar="PATH", help="checkpoint directory, or a bundle")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file with the prompt; - reads stdin")
@@ -62,14 +71,22 @@ def command(options: argparse.Namespace) -> int:
     import zsmerge_compile as zs
 
     said = notes()
-    with said.status("loading"):
-        tokenizer = load_tokenizer(options.path)
-        model = load_model(options.path, options.dtype, options.device or default_device())
-    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    length = inputs["input_ids"].shape[1]
-    config = zs.ZSMergeConfig(budget=options.budget.of(length), prefill=options.prefill)
-    with said.status("compiling"):
-        compiled = zs.compile(model, config, backend=options.backend)
+    if is_bundle(options.path):
+        _check_fixed(options)
+        with said.status("loading"):
+            compiled: Runner = zs.load(options.path)
+            tokenizer = _tokenizer_of(options.path)
+        inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(compiled.device)
+        length = inputs["input_ids"].shape[1]
+    else:
+        with said.status("loading"):
+            tokenizer = load_tokenizer(options.path)
+            model = load_model(options.path, options.dtype, options.device or default_device())
+        inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
+        length = inputs["input_ids"].shape[1]
+        config = zs.ZSMergeConfig(budget=options.budget.of(length), prefill=options.prefill)
+        with said.status("compiling"):
+            compiled = zs.compile(model, config, backend=options.backend)
     torch.manual_seed(options.seed)
     sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
@@ -93,10 +110,26 @@ def _prompt(options: argparse.Namespace) -> str:
         raise InputError(must("--prompt-file", expected, got)) from error
 
 
-def _figures(compiled: CompiledModel, prompt: int, new: int, seconds: float) -> str:
-    layouts = compiled.report.layouts
-    slots = sorted({layout.budget for layout in layouts})
-    token = sum(2 * layout.kv_heads * layout.head_dim for layout in layouts) * compiled.dtype.itemsize
+def _check_fixed(options: argparse.Namespace) -> None:
+    """A bundle has these from its export."""
+    for name, (default, flag) in _FIXED.items():
+        if getattr(options, name) != default:
+            raise InputError(must(flag, "left out with a bundle, which has its own", getattr(options, name)))
+
+
+def _tokenizer_of(bundle: Path) -> Any:
+    folder = bundle / "tokenizer"
+    if not folder.is_dir():
+        raise InputError(must("bundle", "one with a tokenizer", str(bundle), "zs.export(..., tokenizer=tokenizer)"))
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+
+
+def _figures(compiled: Runner, prompt: int, new: int, seconds: float) -> str:
+    layers = compiled.cache.layers
+    slots = sorted({layer.key.shape[2] - 1 for layer in layers})
+    token = sum(2 * layer.key.shape[1] * layer.key.shape[3] for layer in layers) * compiled.dtype.itemsize
     return (
         f"{prompt:,} tokens read and {new:,} written in {seconds:.1f} s (compiling at first use included); cache "
         f"{bytes_text(compiled.cache.nbytes)} in {' or '.join(f'{n:,}' for n in slots)} slots per head, "
