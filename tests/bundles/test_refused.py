@@ -153,6 +153,17 @@ def test_foreign_versions_formats_and_folders(tmp_path: Path) -> None:
         zs.load(edited(folder, lambda raw: raw.update(version=1, format="gguf")))
 
 
+def test_another_torch(tmp_path: Path) -> None:
+    folder = copy(bundle("llama-gqa", "pt2", 1), tmp_path)
+    with pytest.raises(BundleError, match="torch must be at least 99.1"):
+        zs.load(edited(folder, lambda raw: raw["versions"].update(torch="99.1.0")))
+    with pytest.raises(BundleError, match="version of torch must be a version"):
+        zs.load(edited(folder, lambda raw: raw["versions"].update(torch="x")))
+    zs.load(edited(folder, lambda raw: raw["versions"].update(torch="2.0.0")))
+    with pytest.raises(BundleError, match="torch must be 2.0.0, with which this aoti bundle"):
+        zs.load(edited(folder, lambda raw: raw.update(format="aoti")))
+
+
 def test_export_refuses_before_it_writes(tmp_path: Path) -> None:
     model = compiled("llama-gqa", 1)
     (tmp_path / "full").mkdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def load(path: str | os.PathLike[str]) -> BundleRunner:
     manifest = manifests.read(folder)
     if manifest.format not in FORMATS:
         raise BundleError(must("bundle's format", f"one of {', '.join(FORMATS)}", repr(manifest.format)))
+    _check_torch(manifest)
     device = _device(manifest)
     interface = manifest.interface(device)
     specs = (spec for layer in interface.state for spec in layer.values())
@@ -61,6 +63,24 @@ def load(path: str | os.PathLike[str]) -> BundleRunner:
     runner.manifest = manifest
     runner.tokenizer = folder / "tokenizer" if any(name.startswith("tokenizer/") for name in manifest.files) else None
     return runner
+
+
+def _check_torch(manifest: Manifest) -> None:
+    """Machine code needs the PyTorch it was written with; a program one that is not older. Raises BundleError."""
+    written, here = str(manifest.versions.get("torch")), torch.__version__
+    numbers = [_numbers(text) for text in (written, here)]
+    if not numbers[0]:
+        raise BundleError(must("manifest's version of torch", "a version", repr(written)))
+    if manifest.format == "aoti" and written != here:
+        raise BundleError(must("torch", f"{written}, with which this aoti bundle was written", here, "export it again"))
+    if manifest.format == "pt2" and numbers[0] > numbers[1]:
+        raise BundleError(must("torch", f"at least {written}, with which this bundle was written", here))
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """(2, 13) of "2.13.0+cpu"; () of what is no version."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return tuple(int(part) for part in found.groups()) if found else ()
 
 
 def _device(manifest: Manifest) -> torch.device:

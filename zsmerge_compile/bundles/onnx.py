@@ -20,6 +20,7 @@ from zsmerge_compile.errors import BundleError, MissingBackendError, must
 
 SUFFIX = ".onnx"
 OPSET = 20
+SMALL = 1024  # bytes of a tensor that lies in the model itself
 _NUMPY = {
     torch.float32: np.float32,
     torch.float16: np.float16,
@@ -40,10 +41,12 @@ def write(graph: Graph, weights: dict[str, Tensor], path: Path) -> None:
         )
     state = graph.example[len(graph.inputs) :]
     functional = graph._replace(module=_Functional(graph.module, len(graph.inputs), len(state)))
+    program = exported(functional, weights)
+    _refuse_bfloat16(program.graph_module)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about its pytrees and its translation
         made = torch.onnx.export(
-            exported(functional, weights),
+            program,
             dynamo=True,
             opset_version=OPSET,
             verbose=False,
@@ -75,6 +78,15 @@ def read(
     ]:
         raise BundleError(must(path.name, "a model for the manifest's cache", "one for another"))
     return _Bound(session, [*inputs, *names], set(takes), len(inputs))
+
+
+def _refuse_bfloat16(gm: torch.fx.GraphModule) -> None:
+    """Raises BundleError where the model itself rounds to bfloat16 on the way: onnxruntime has no arithmetic in it."""
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
+            got = f"bfloat16 in {node.name} (Falcon's ALiBi rounds to it)"
+            raise BundleError(must("arithmetic of an onnx bundle", "float32 or float16", got, "use pt2 or aoti"))
 
 
 class _Functional(nn.Module):
@@ -157,19 +169,23 @@ def _rename_nodes(graph: Any, new: dict[str, str]) -> None:
 
 
 def _to_initializers(onnx: Any, graph: Any, names: Sequence[str], file: Path) -> None:
-    """The inputs `names` become initializers whose bytes lie in the safetensors file."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
+    """The inputs `names` become initializers: small ones inside, as shape inference reads them; the others' bytes lie
+    in the safetensors file."""
+    content = np.memmap(file, np.uint8, "r")
+    length = int.from_bytes(content[:8].tobytes(), "little")
+    header = json.loads(content[8 : 8 + length].tobytes())
     inputs = {value.name: value for value in graph.input}
     for name in names:
-        begin, end = header[name]["data_offsets"]
+        begin, end = (8 + length + offset for offset in header[name]["data_offsets"])
         kind = inputs[name].type.tensor_type
         tensor = onnx.TensorProto(name=name, data_type=kind.elem_type, dims=[d.dim_value for d in kind.shape.dim])
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        place = {"location": file.name, "offset": str(8 + length + begin), "length": str(end - begin)}
-        for key, value in place.items():
-            tensor.external_data.add(key=key, value=value)
+        if end - begin <= SMALL:
+            tensor.raw_data = content[begin:end].tobytes()
+        else:
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            place = {"location": file.name, "offset": str(begin), "length": str(end - begin)}
+            for key, value in place.items():
+                tensor.external_data.add(key=key, value=value)
         graph.initializer.append(tensor)
         graph.input.remove(inputs[name])
 
