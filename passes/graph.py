@@ -1,5 +1,6 @@
 """Helpers that every pass shares: reading nodes, naming them in errors, adding and removing them."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -182,6 +183,15 @@ def _evaluate_constant(gm: fx.GraphModule, node: fx.Node) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda argument: _evaluate_constant(gm, argument))
     with torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def calling(gm: fx.GraphModule, op: Any, run: Any) -> fx.GraphModule:
+    """A copy of the graph, its parameters shared, that calls the function `run` for every `op`."""
+    copied = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    for node in copied.graph.find_nodes(op="call_function", target=op):
+        node.target = run
+    copied.recompile()
+    return copied
 
 
 def attribute(gm: fx.GraphModule, path: str) -> Any:

@@ -71,9 +71,8 @@ class Program:
     device: torch.device
 
     def allocate(self) -> list[tuple[Tensor, ...]]:
-        """An empty cache: one state per layer, of ordinary tensors even under torch.inference_mode."""
-        with torch.inference_mode(False):
-            return [self.policy.allocate(layout, self.batch_size, self.dtype, self.device) for layout in self.layouts]
+        """An empty cache: one state per layer, as `Interface.allocate` makes it."""
+        return [tuple(layer.values()) for layer in self.interface().allocate()]
 
     def interface(self) -> Interface:
         """What a runtime must know."""

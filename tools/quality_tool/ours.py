@@ -6,7 +6,6 @@ is served, without a compilation for each of some hundred configs.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.nn import functional
 
 import zsmerge_compile as zs
@@ -24,6 +23,7 @@ from quality_tool.methods import Method
 from zsmerge_compile.lower import kernels
 from zsmerge_compile.lower.lowered import Lowered
 from zsmerge_compile.ops import fold
+from zsmerge_compile.passes.graph import calling
 from zsmerge_compile.runtime.model import CompiledModel
 
 
@@ -97,18 +97,9 @@ def _compiled(model: Any, config: zs.ZSMergeConfig, batch_size: int, reference: 
     ops = (program.policy.extend_op, program.policy.decode_op)
     chosen = [kernels.choose(op, program) for op in ops]
     graphs = (program.prefill, program.decode)
-    run = [_calling(gm, op, kernel.run) for gm, op, kernel in zip(graphs, ops, chosen, strict=True)]
+    run = [calling(gm, op, kernel.run) for gm, op, kernel in zip(graphs, ops, chosen, strict=True)]
     chunk = config.chunk if config.prefill == "chunked" else None
     return CompiledModel(model, program, Lowered(*run, {}, {}), compiled.report, chunk, check_nan=False)
-
-
-def _calling(gm: fx.GraphModule, op: Any, run: Any) -> fx.GraphModule:
-    """A copy of the graph, its parameters shared, that calls `run` for every `op`."""
-    copied = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    for node in copied.graph.find_nodes(op="call_function", target=op):
-        node.target = run
-    copied.recompile()
-    return copied
 
 
 @contextmanager

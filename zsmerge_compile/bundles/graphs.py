@@ -16,7 +16,6 @@ A tensor that both graphs read, or one graph under two names, is one weight.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from torch import Tensor, fx, nn
 
 from zsmerge_compile.lower.kernels import decode_step
 from zsmerge_compile.ops.scan import extend_step
-from zsmerge_compile.passes.graph import attribute
+from zsmerge_compile.passes.graph import attribute, calling
 from zsmerge_compile.passes.insert_cache import DECODE_INPUTS, PREFILL_INPUTS
 from zsmerge_compile.program import Program
 
@@ -133,9 +132,7 @@ def _standard(
     gm: fx.GraphModule, op: Any, run: Callable[..., Tensor], weights: _Weights
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The graph with `run` for every `op` and its weights as last inputs; their names."""
-    copied = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    for node in copied.graph.find_nodes(op="call_function", target=op):
-        node.target = run
+    copied = calling(gm, op, run)
     taken: dict[str, fx.Node] = {}
     last = copied.graph.find_nodes(op="placeholder")[-1]
     for node in copied.graph.find_nodes(op="get_attr"):
