@@ -10,7 +10,7 @@ class ConfigError(ZSMergeError):
 
 
 class InputError(ZSMergeError):
-    """A prompt, token, mask or row selection cannot be processed; nothing was written to the cache."""
+    """A prompt, token, mask, row selection or saved cache cannot be processed; nothing was written to the cache."""
 
 
 class UnsupportedModelError(ZSMergeError):

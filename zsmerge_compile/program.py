@@ -24,7 +24,9 @@ class TensorSpec(NamedTuple):
 class Interface:
     """What a runtime must know of two graphs to call them.
 
-    state  one per layer: its tensors by name, in the order in which the graphs take them; an empty cache is all zeros
+    policy  name of the cache policy
+    parts   one per layer: what its slots are for, by name ({"proximity": 10, "context": 8, ...})
+    state   one per layer: its tensors by name, in the order in which the graphs take them; an empty cache is all zeros
     """
 
     batch_size: int
@@ -32,6 +34,8 @@ class Interface:
     device: torch.device
     vocab_size: int
     max_positions: int | None  # tokens a row can hold; None: no limit
+    policy: str
+    parts: tuple[dict[str, int | None], ...]
     state: tuple[dict[str, TensorSpec], ...]
 
     @property
@@ -82,6 +86,8 @@ class Program:
             device=self.device,
             vocab_size=self.spec.vocab_size,
             max_positions=self.spec.max_positions,
+            policy=self.policy.name,
+            parts=tuple(layout.parts() for layout in self.layouts),
             state=tuple(self._specs(layout) for layout in self.layouts),
         )
 

@@ -1,15 +1,17 @@
-"""Bundles of tiny models, each exported once per test process, and what they must equal."""
+"""Bundles of tiny models, each exported once per run of the tests, and what they must equal."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import gettempdir
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._filelock import FileLock
 
 import zsmerge_compile as zs
 from tests.models_zoo import prompt, tiny
@@ -28,9 +30,14 @@ def compiled(name: str, batch: int, merge: str = "segment", chunk: int | None = 
 
 @cache
 def bundle(name: str, format: str, batch: int, merge: str = "segment", chunk: int | None = None) -> Path:
-    """The folder; not to be changed (`copy`)."""
-    folder = Path(mkdtemp(prefix="zsmerge-bundle-"))
-    return zs.export(compiled(name, batch, merge, chunk), folder, format)
+    """The folder, the same for all workers of a run; not to be changed (`copy`)."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    folder = Path(gettempdir()) / f"zsmerge-bundles-{run}" / f"{name}-{format}-{batch}-{merge}-{chunk}"
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            zs.export(compiled(name, batch, merge, chunk), folder, format)
+    return folder
 
 
 def copy(folder: Path, to: Path) -> Path:

@@ -19,7 +19,7 @@ class FakeStep(GenerateMixin):
         self.device, self.dtype = self.model.device, self.model.dtype
         self.batch_size = batch_size
         self.tokens: list[list[int]] = [[] for _ in range(batch_size)]
-        self.prefills = self.decodes = 0
+        self.prefills = self.decodes = self.changes = 0
         self.broken: list[int] = []
 
     @property

@@ -92,6 +92,7 @@ def _write(compiled: CompiledModel, folder: Path, format: str, tokenizer: Any) -
                 [[name, list(spec.shape), manifest.dtype_name(spec.dtype)] for name, spec in layer.items()]
                 for layer in interface.state
             ],
+            "parts": list(interface.parts),
         },
         chunk=compiled.chunk,
         programs=programs,

@@ -33,7 +33,8 @@ class Manifest:
     versions   library -> version that wrote the bundle
     model      class, vocab_size, max_positions
     policy     name and config
-    cache      batch_size, dtype, and per layer the state's tensors: [name, shape, dtype], in their order
+    cache      batch_size, dtype, and per layer the state's tensors: [name, shape, dtype], in their order, and what its
+               slots are for
     chunk      columns of a prompt's chunk, None: prompts go in whole
     programs   graph -> {"file", "inputs", "weights"}: names in the order of its arguments, the state between the two
     files      path -> {"bytes", "sha256"}
@@ -64,6 +65,7 @@ class Manifest:
                 {name: TensorSpec(tuple(shape), _DTYPES[kind]) for name, shape, kind in layer}
                 for layer in cache["layers"]
             )
+            parts = tuple({str(name): size for name, size in layer.items()} for layer in cache["parts"])
             dtype, limit = _DTYPES[cache["dtype"]], model["max_positions"]
             rows = {spec.shape[0] for layer in state for spec in layer.values()}
             sizes = (
@@ -74,11 +76,12 @@ class Manifest:
             good = (
                 all(_is_count(size) for size in sizes) and min(sizes[:2]) >= 1 and (limit is None or _is_count(limit))
             )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise _damaged("cache and model", f"{type(error).__name__}: {error}") from error
         if not good or rows != {cache["batch_size"]}:
             raise _damaged("cache and model", "sizes that are no counts, or not those of one batch")
-        return Interface(cache["batch_size"], dtype, device, model["vocab_size"], limit, state)
+        policy = str(self.policy.get("name"))
+        return Interface(cache["batch_size"], dtype, device, model["vocab_size"], limit, policy, parts, state)
 
 
 def read(folder: Path) -> Manifest:

@@ -66,6 +66,10 @@ class LayerLayout:
     def slots(self) -> int:
         return self.budget + 1
 
+    def parts(self) -> dict[str, int | None]:
+        """What the slots are for, and the window in tokens: with the shapes, all that a saved cache rests on."""
+        return {name: getattr(self, name) for name in ("proximity", "context", "residual", "window")}
+
 
 def allocate(layout: LayerLayout, batch_size: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> State:
     """An empty cache of one layer for `batch_size` rows, all zeros."""

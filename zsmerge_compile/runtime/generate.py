@@ -48,19 +48,15 @@ _HANDLE = next(f.name for f in dataclasses.fields(CausalLMOutputWithPast) if f.n
 
 
 class GenerateMixin(GenerationMixin):
-    """transformers' generate for a class with the attributes and the four methods declared here.
-
-    changes: raised by every prefill, decode and reset, so that a handle of an older state is told from the current.
-    """
+    """transformers' generate for a class with the attributes and the four methods declared here."""
 
     config: Any
     generation_config: Any
     device: torch.device
     dtype: torch.dtype
     batch_size: int
-    cache: Any  # its seen_tokens is [B]
+    cache: Any  # its seen_tokens is [B]; its changes tell a handle of an older state from one of the current
     max_positions: int | None = None  # tokens a row can hold
-    changes: int = 0
 
     main_input_name = "input_ids"
     input_modalities = ("text",)
@@ -116,7 +112,7 @@ class GenerateMixin(GenerationMixin):
             result = super().generate(**arguments)
         finally:
             self._session = None
-        session.end(self.cache.seen_tokens, self.changes)
+        session.end(self.cache.seen_tokens, self.cache.changes)
         self._handle = handle
         return result
 
@@ -205,7 +201,7 @@ class GenerateMixin(GenerationMixin):
         if not isinstance(handle, CacheHandle):
             expected = "what an earlier generate of this compiled model returned"
             raise InputError(must("past_key_values", expected, type(handle).__name__))
-        if handle is not self._handle or handle.changes != self.changes:
+        if handle is not self._handle or handle.changes != self.cache.changes:
             raise InputError(must("past_key_values", "the state that the cache is in", "one of another state"))
         if returned != 1:
             raise InputError(must("num_return_sequences", "1 with past_key_values", returned))

@@ -16,7 +16,7 @@ class CacheHandle:
     ids, mask: [B, K] every column so far, prompts and generated tokens; the mask is False on pads.
     held: [B] how many of a row's tokens are in its cache. The token sampled last is never among them, nor is the
         token a row stopped at.
-    changes: the compiled model's change count when this was true.
+    changes: the cache's change count when this was true.
     """
 
     is_compileable = False  # else transformers compiles `forward` itself, and builds 4-D masks for it

@@ -21,7 +21,7 @@ class CompiledModel(Runner):
 
     model   the given model, unchanged; its parameters are the ones that run
     config  the given model's transformers config; generation_config: a copy of its own, free to change
-    cache   `Cache`: layers, seen_tokens, nbytes
+    cache   `Cache`: layers, seen_tokens, nbytes, save and load
     report  `Report`: sites, rewrites per pass, bytes, compile seconds, kernels
     """
 

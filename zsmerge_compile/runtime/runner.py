@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zsmerge_compile.cache import Cache
+from zsmerge_compile.cache import Cache, Rows
 from zsmerge_compile.errors import CacheStateError, must
 from zsmerge_compile.program import Interface
 from zsmerge_compile.runtime import inputs
 from zsmerge_compile.runtime.generate import GenerateMixin
 from zsmerge_compile.runtime.graphs import Decode, DirectStep, RecordedStep, Recorder
 
-Rows = Iterable[int] | Tensor | None
-
 
 class Runner(GenerateMixin):
     """prefill, decode, reset and generate over a cache of its own.
 
     interface  batch size, dtype, device, vocabulary, positions and the cache's tensors
-    cache      `Cache`: layers, seen_tokens, nbytes
+    cache      `Cache`: layers, seen_tokens, nbytes, save and load
     chunk      columns of a chunk of a prompt; None: prompts go in whole
     config, generation_config  what transformers' generate reads; None: it cannot be called
     """
@@ -50,7 +48,6 @@ class Runner(GenerateMixin):
         self.prefill_graph = prefill
         self.chunk = chunk
         self._check_nan = check_nan
-        self._longest = 0  # tokens in the fullest row, or more: known without asking the device
         self._numbers = torch.arange(self.batch_size, device=self.device)
         self._all_rows = torch.ones(self.batch_size, dtype=torch.bool, device=self.device)
         self._step = self._steps(record)
@@ -75,7 +72,7 @@ class Runner(GenerateMixin):
                 positions = (seen[slots][:, None] + columns - pads[:, None]).clamp_min(0)
                 logits = self.prefill_graph(ids.contiguous(), positions, slots, seen, pads, *self.cache.flat)
                 seen[slots] += ids.shape[1] - pads
-            self._longest = max(self._longest, int(seen[slots].max()))
+            self.cache.longest = max(self.cache.longest, int(seen[slots].max()))
         return self._finish(logits, slots)
 
     @torch.no_grad()
@@ -98,17 +95,14 @@ class Runner(GenerateMixin):
     @torch.no_grad()
     def step(self, token_ids: Tensor, active: Tensor) -> Tensor:
         """decode without its checks: int64 tokens and rows that the loop of generate knows to be good."""
-        self._longest += 1
+        self.cache.longest += 1
         with self._writing(active):
             logits = self._step(token_ids, active)
         return self._finish(logits, self._numbers, active)
 
     def reset(self, rows: Rows = None) -> None:
         """Empty all rows of the cache, or some; the others are not touched."""
-        chosen = None if rows is None else inputs.check_rows(rows, self.batch_size)
-        self.cache.reset(chosen)
-        self.changes += 1
-        self._longest = 0 if chosen is None else int(self.cache.seen_tokens.max())
+        self.cache.reset(rows)
 
     def check_prompt(self, input_ids: Tensor, attention_mask: Tensor | None, *, empty: bool) -> None:
         """Raises what prefill would raise for this prompt, into an empty cache or the current one; writes nothing."""
@@ -136,15 +130,15 @@ class Runner(GenerateMixin):
     def _check_room(self, active: Tensor) -> None:
         """Positions, from what the host knows; the device is asked only once the fullest row may be full."""
         limit = self.max_positions
-        if limit is not None and self._longest + 1 > limit:
+        if limit is not None and self.cache.longest + 1 > limit:
             seen = self.cache.seen_tokens
             inputs.check_positions([int((seen + active).max())], limit)
-            self._longest = int(seen.max())
+            self.cache.longest = int(seen.max())
 
     @contextmanager
     def _writing(self, rows: list[int] | Tensor) -> Iterator[None]:
         """From the first write on, whatever interrupts the call leaves its rows (or `active` [B]) marked invalid."""
-        self.changes += 1
+        self.cache.changes += 1
         try:
             yield
         except BaseException:
