@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
+import zipfile
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,12 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import zsmerge_compile as zs
 from tests.bundles.made import bundle, compiled, greedy
 from tests.models_zoo import VOCAB, prompt, tiny
+from zsmerge_compile.bundles import manifest as manifests
 from zsmerge_compile.testing.tolerance import LOGITS_FP32
 
 STEPS = 200
@@ -94,13 +100,46 @@ def test_a_fresh_process_needs_no_model_code() -> None:
     assert run.stdout.splitlines()[-2:] == [str(tokens[0].tolist()), "[]"]
 
 
-def test_weights_lie_once_in_the_bundle_and_in_memory() -> None:
-    folder = bundle("llama-gqa", "pt2", 1)
+@pytest.mark.parametrize("format", ["pt2", "aoti"])
+def test_weights_lie_once_in_the_bundle(format: str) -> None:
+    folder = bundle("llama-gqa", format, 1)
     model = compiled("llama-gqa", 1).model
     weights = sum(parameter.nbytes for parameter in model.parameters())
     assert (folder / "weights.safetensors").stat().st_size < 1.2 * weights + 8192
+    embedding = model.model.embed_tokens.weight.detach().numpy().tobytes()
+    assert embedding in (folder / "weights.safetensors").read_bytes()
     for name in ("prefill", "decode"):
-        assert b"data/weights/weight_" not in (folder / f"{name}.pt2").read_bytes()
+        with zipfile.ZipFile(folder / f"{name}.pt2") as archive:
+            assert not any(embedding in archive.read(member) for member in archive.namelist())
+
+
+@pytest.mark.parametrize("format", ["pt2", "aoti"])
+def test_weights_lie_once_in_memory_and_go_with_the_last_reader(format: str) -> None:
+    """Both programs read the tensors they are given where these lie, and do not keep them."""
+    folder = bundle("llama-gqa", format, 1)
+    manifest, kind = manifests.read(folder), import_module(f"zsmerge_compile.bundles.{format}")
+    arrays = {name: tensor.numpy().copy() for name, tensor in load_file(folder / "weights.safetensors").items()}
+    weights = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    interface = manifest.interface(torch.device("cpu"))
+    state = list(zip(interface.state_names, (t for layer in interface.allocate() for t in layer.values()), strict=True))
+    tensors, ids = [tensor for _, tensor in state], torch.tensor([[7]])
+    one, zero = torch.ones(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    given = {"prefill": (ids, zero[None], zero, zero, zero), "decode": (ids, one, one.bool())}
+    runs = {
+        name: kind.read(
+            folder / program["file"], program["inputs"], state, {name: weights[name] for name in program["weights"]}
+        )
+        for name, program in manifest.programs.items()
+    }
+    before = {name: run(*given[name], *tensors).clone() for name, run in runs.items()}
+    embedding = next(name for name in arrays if "embed_tokens" in name)
+    arrays[embedding][7] += 1
+    for name, run in runs.items():
+        assert (run(*given[name], *tensors) - before[name]).abs().max() > 1e-3
+    alive = weakref.ref(arrays[embedding])
+    del run, runs, weights, arrays
+    gc.collect()
+    assert alive() is None
 
 
 def test_onnx_models_stand_alone_and_share_the_weights_file() -> None:

@@ -1,54 +1,102 @@
 """Format "aoti": two AOTInductor packages, machine code for the kind of device and processor that wrote them.
 
-A package takes the state as inputs that it writes in place, and the weights as inputs too, so prompts and tokens share
-one cache and one copy of the weights. Python and C++ (`AOTIModelPackageLoader`) load it alike.
+A package takes the state as inputs that it writes in place, so prompts and tokens share one cache. It holds no weights:
+they are constants of its program whose memory the loader gives it (user-managed), the same for both packages. Python
+and C++ (`AOTIModelPackageLoader`, `tools/cpp_runner`) load it alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from zsmerge_compile.bundles.graphs import Graph, exported
 from zsmerge_compile.errors import BundleError, must
 
 SUFFIX = ".pt2"
+OPTIONS = {"aot_inductor.package_constants_in_so": False}
 
 
 def write(graph: Graph, weights: dict[str, Tensor], path: Path) -> None:
     """The graph compiled, as a package at `path`."""
-    program = exported(graph, weights)
-    bind_sizes(program.graph_module)
+    program = exported(graph, weights, _Holding(graph.module, {name: weights[name] for name in graph.weights}))
+    bind_sizes(program)
     with torch.no_grad():
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=OPTIONS)
 
 
 def read(
-    path: Path, inputs: Sequence[str], state: Sequence[tuple[str, Tensor]], weights: Sequence[Tensor]
+    path: Path, inputs: Sequence[str], state: Sequence[tuple[str, Tensor]], weights: Mapping[str, Tensor]
 ) -> Callable[..., Tensor]:
-    """(inputs, state) -> logits, the state written in place. Raises BundleError."""
+    """(inputs, state) -> logits, the state written in place. Raises BundleError.
+
+    The package reads `weights` where they lie. Tiny ones may be numbers in its code: it asks for no others.
+    """
     try:
         run = torch._inductor.aoti_load_package(str(path))
+        asks = run.get_constant_fqns()
+        missing = sorted(set(asks) - set(weights))
+        if not missing:
+            given = {name: _borrowed(weights[name]) for name in asks}
+            run.load_constants(given, check_full_update=True, user_managed=True)
     except Exception as error:
         raise BundleError(must(path.name, "a package for this machine", f"{type(error).__name__}: {error}")) from error
+    if missing:
+        raise BundleError(must(path.name, "a package for the manifest's weights", f"one with {missing[0]!r}"))
 
-    def call(*inputs: Tensor) -> Tensor:
-        logits: Tensor = run(*inputs, *weights)
+    return _Package(run, weights)
+
+
+class _Package:
+    """A loaded package with the weights it reads: it must not outlive them."""
+
+    def __init__(self, run: Callable[..., Tensor], weights: Mapping[str, Tensor]) -> None:
+        self._run, self._weights = run, weights
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        return self._run(*inputs)
+
+
+def _borrowed(tensor: Tensor) -> Tensor:
+    """The same memory, not held: PyTorch's loader never lets go of a user-managed constant, even when it is gone."""
+    storage = tensor.untyped_storage()
+    alias = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), tensor.device, storage.nbytes())
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
+        alias, tensor.storage_offset(), tensor.shape, tensor.stride()
+    )
+
+
+class _Holding(nn.Module):
+    """A graph with its weights as buffers of these names (dots make submodules), which are the package's constants."""
+
+    def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._run, self._names = [module], list(weights)  # in a list, so that it is no submodule
+        for name, tensor in weights.items():
+            *path, last = name.split(".")
+            holder: nn.Module = self
+            for part in path:
+                if part not in holder._modules:
+                    holder.add_module(part, nn.Module())
+                holder = holder.get_submodule(part)
+            holder.register_buffer(last, tensor)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        logits: Tensor = self._run[0](*inputs, *(self.get_buffer(name) for name in self._names))
         return logits
 
-    return call
 
-
-def bind_sizes(gm: fx.GraphModule) -> None:
+def bind_sizes(program: torch.export.ExportedProgram) -> None:
     """Give every scan the sizes of the prompt as operands.
 
     Inductor allocates what a loop stacks by formulas of the prompt's rows and columns, and looks for those among the
     loop's operands. Does not fire where the graph has no scan.
     """
-    ids = gm.graph.find_nodes(op="placeholder")[0]
+    gm, first = program.graph_module, program.graph_signature.user_inputs[0]
+    ids = next(node for node in gm.graph.find_nodes(op="placeholder") if node.name == first)
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.higher_order.scan):
         body, carried, sliced, others = node.args
         sizes = []

@@ -83,12 +83,15 @@ def graphs(program: Program) -> Graphs:
     )
 
 
-def exported(graph: Graph, weights: dict[str, Tensor]) -> torch.export.ExportedProgram:
-    """torch.export's program of the graph; the state's writes are among its signature, no weight is in it."""
-    mine = [weights[name] for name in graph.weights]
+def exported(graph: Graph, weights: dict[str, Tensor], holder: nn.Module | None = None) -> torch.export.ExportedProgram:
+    """torch.export's program of the graph; the state's writes are among its signature.
+
+    Its weights are its last inputs, or the buffers of `holder`, which is called with the inputs and the state.
+    """
+    mine = [weights[name] for name in graph.weights] if holder is None else []
     with torch.no_grad():
         return torch.export.export(
-            graph.module,
+            holder or graph.module,
             (*graph.example, *mine),
             dynamic_shapes=((*graph.dynamic, *(None for _ in mine)),),  # forward takes *inputs
             strict=False,

@@ -101,11 +101,11 @@ def _weights(folder: Path, manifest: Manifest, device: torch.device) -> dict[str
         raise BundleError(must(WEIGHTS, "a safetensors file", f"{type(error).__name__}: {error}")) from error
 
 
-def _chosen(weights: dict[str, Tensor], names: list[str]) -> list[Tensor]:
+def _chosen(weights: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
     missing = [name for name in names if name not in weights]
     if missing:
         raise BundleError(must(WEIGHTS, "complete", f"none named {missing[0]!r}"))
-    return [weights[name] for name in names]
+    return {name: weights[name] for name in names}
 
 
 def _configs(folder: Path, manifest: Manifest) -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def write(graph: Graph, weights: dict[str, Tensor], path: Path) -> None:
 
 
 def read(
-    path: Path, inputs: Sequence[str], state: Sequence[tuple[str, Tensor]], weights: Sequence[Tensor]
+    path: Path, inputs: Sequence[str], state: Sequence[tuple[str, Tensor]], weights: Mapping[str, Tensor]
 ) -> Callable[..., Tensor]:
     """(inputs, state) -> logits; the state tensors get the memory that holds the new state. Raises BundleError."""
     runtime = _library("onnxruntime")

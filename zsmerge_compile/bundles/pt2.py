@@ -5,7 +5,7 @@ The archives hold graphs only. Weights are inputs: they lie once in the bundle's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ def write(graph: Graph, weights: dict[str, Tensor], path: Path) -> None:
 
 
 def read(
-    path: Path, inputs: Sequence[str], state: Sequence[tuple[str, Tensor]], weights: Sequence[Tensor]
+    path: Path, inputs: Sequence[str], state: Sequence[tuple[str, Tensor]], weights: Mapping[str, Tensor]
 ) -> Callable[..., Tensor]:
     """(inputs, state) -> logits, the state written in place. Raises BundleError.
 
@@ -46,12 +46,14 @@ def read(
         ) from error
 
     made_for = [(tuple(t.shape), t.dtype) for t in takes[len(inputs) :]]
-    given = [(tuple(t.shape), t.dtype) for t in (*(tensor for _, tensor in state), *weights)]
+    given = [(tuple(t.shape), t.dtype) for t in (*(tensor for _, tensor in state), *weights.values())]
     if made_for != given:
         raise BundleError(must(path.name, "a program for the manifest's cache and weights", "one for others"))
 
+    held = tuple(weights.values())
+
     def call(*inputs: Tensor) -> Tensor:
-        logits: Tensor = run(*inputs, *weights)
+        logits: Tensor = run(*inputs, *held)
         return logits
 
     return call
