@@ -1,0 +1,1 @@
+"""The C++ runner of aoti bundles and what builds it."""
