@@ -15,6 +15,7 @@ windows and ALiBi, for a mask that differs between heads other than by slopes, a
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -31,6 +32,7 @@ LARGEST_CONSTANT = 2**22
 MARGIN = 64  # columns beyond the largest constant
 PADS = 5
 KINDS = "causal, a sliding window or ALiBi"
+CAUSAL = MaskKind("causal")
 
 
 def classify_masks(gm: fx.GraphModule, ctx: PassContext) -> dict[int, MaskKind]:
@@ -47,16 +49,51 @@ def classify_masks(gm: fx.GraphModule, ctx: PassContext) -> dict[int, MaskKind]:
     return kinds
 
 
-def _classify(gm: fx.GraphModule, ctx: PassContext, site: fx.Node) -> MaskKind:
+def confirm_masks(gm: fx.GraphModule, ctx: PassContext) -> None:
+    """Raise UnsupportedMaskError unless every mask is of the kind that `ctx.masks` has from another trace.
+
+    A graph of one fixed length may not say what its masks are (a window of 4096 shows all of 30 tokens), only whether
+    they differ from what is known.
+    """
+    confirmed: set[object] = set()
+    for layer, site in attention_sites(gm):
+        key, kind = (*site.args[3:5], ctx.masks[layer]), ctx.masks[layer]
+        if key in confirmed:
+            continue
+        mask, query = _mask_of(site), value(site.args[0])  # type: ignore[arg-type]
+        if mask is None:
+            right = kind.slopes is None and _reaches(kind, query.shape[2])
+        else:
+            right = all(_agrees(_evaluated(gm, ctx, mask, pads), kind, site) for pads in (0, PADS))
+        if not right:
+            expected = f"{kind}, as in the model's own trace"
+            raise UnsupportedMaskError(must(f"attention mask of layer {layer}", expected, "another", where(site)))
+        confirmed.add(key)
+
+
+def _reaches(kind: MaskKind, length: Any) -> bool:
+    """Whether a window shows all of a fixed length."""
+    return kind.window is None or (isinstance(length, int) and length <= kind.window)
+
+
+def _mask_of(site: fx.Node) -> fx.Node | None:
+    """The mask of a canonical attention, None for `is_causal`. Raises UnsupportedMaskError."""
     mask, is_causal = site.args[3:5]
     if not isinstance(mask, fx.Node):
         if is_causal:
-            return MaskKind("causal")
+            return None
         raise UnsupportedMaskError(must("attention mask", KINDS, "none at all", where(site)))
     if is_causal:
         raise UnsupportedMaskError(must("attention", "masked or is_causal", "both", where(site)))
     if any(node.target == "input_ids" for node in needed(mask)):
         raise UnsupportedMaskError(must("attention mask", KINDS, "one that depends on the tokens", where(mask)))
+    return mask
+
+
+def _classify(gm: fx.GraphModule, ctx: PassContext, site: fx.Node) -> MaskKind:
+    mask = _mask_of(site)
+    if mask is None:
+        return CAUSAL
     plain = _evaluated(gm, ctx, mask, pads=0)
     kind = _kind(plain, site)
     padded = _evaluated(gm, ctx, mask, pads=PADS)
@@ -83,6 +120,9 @@ class _Mask:
 
 
 def _evaluated(gm: fx.GraphModule, ctx: PassContext, mask: fx.Node, pads: int) -> _Mask:
+    fixed = _shape(gm)[1]
+    if isinstance(fixed, int):
+        return _at(gm, mask, fixed, min(pads, fixed - 1))
     windows = [window for window in ctx.spec.windows if window is not None]
     constant, holder = largest_constant(gm, needed(mask))
     if constant > LARGEST_CONSTANT:
@@ -98,10 +138,19 @@ def _evaluated(gm: fx.GraphModule, ctx: PassContext, mask: fx.Node, pads: int) -
         return _at(gm, mask, limit, pads)
 
 
+def _shape(gm: fx.GraphModule) -> torch.Size:
+    """[B, T] of the graph's inputs, symbolic where it serves every size."""
+    return value(gm.graph.find_nodes(op="placeholder")[0]).shape
+
+
 def _at(gm: fx.GraphModule, mask: fx.Node, length: int, pads: int) -> _Mask:
-    """The mask of one row with `length` columns, the first `pads` of them padding."""
+    """The mask of one row with `length` columns, the first `pads` of them padding.
+
+    A graph that insists on its batch gets as many rows like it.
+    """
     device = next((tensor.device for tensor in gm.parameters()), torch.device("cpu"))
-    attention = torch.ones(1, length, dtype=torch.int64, device=device)
+    batch = _shape(gm)[0]
+    attention = torch.ones(batch if isinstance(batch, int) else 1, length, dtype=torch.int64, device=device)
     attention[:, :pads] = 0
     positions = (attention.cumsum(-1) - 1).clamp(min=0)
     inputs = {"input_ids": torch.zeros_like(attention), "attention_mask": attention, "position_ids": positions}
@@ -109,6 +158,8 @@ def _at(gm: fx.GraphModule, mask: fx.Node, length: int, pads: int) -> _Mask:
     rank = value(mask).dim()
     with torch.no_grad():
         rows = Rows(gm, inputs, query + pads).of(mask, rank - 2)
+    if rank == 4:
+        rows = rows[:1]
     rows = rows.reshape(-1, *rows.shape[-2:]).expand(-1, len(query), length)
     return _Mask(rows[..., pads:], query, mask)
 
@@ -116,7 +167,7 @@ def _at(gm: fx.GraphModule, mask: fx.Node, length: int, pads: int) -> _Mask:
 def _query_rows(length: int, device: torch.device) -> Tensor:
     """Positions of the first and last queries, and of some between."""
     spread = torch.linspace(0, length - 1, 16, device=device).long()
-    ends = torch.arange(8, device=device)
+    ends = torch.arange(min(8, length), device=device)
     return torch.cat([ends, spread, length - 1 - ends]).unique()
 
 

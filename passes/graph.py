@@ -22,6 +22,7 @@ class PassContext:
 
     spec: ModelSpec
     masks: dict[int, MaskKind] = field(default_factory=dict)  # by layer, filled from the prefill graph
+    logits_only: bool = True  # the graph's one output is the logits of the last column
 
 
 def aten_name(node: fx.Node) -> str:

@@ -6,20 +6,22 @@ ZSMERGE_DUMP=dir writes `dir/<graph>/NN_<pass>.py`, numbered Python text of both
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import fx
 
+from zsmerge_compile.errors import UnsupportedGraphError, must
 from zsmerge_compile.models.spec import ModelSpec
 from zsmerge_compile.ops.policy import CachePolicy, Site
 from zsmerge_compile.ops.state import LayerLayout
-from zsmerge_compile.passes.classify_mask import classify_masks
+from zsmerge_compile.passes.classify_mask import classify_masks, confirm_masks
 from zsmerge_compile.passes.drop_repeat_kv import drop_repeat_kv
 from zsmerge_compile.passes.graph import PassContext, attention_sites, value, where
 from zsmerge_compile.passes.insert_cache import insert_cache
+from zsmerge_compile.passes.masks import MaskKind
 from zsmerge_compile.passes.normalize_attention import normalize_attention
 from zsmerge_compile.passes.verify import verify
 
@@ -47,25 +49,49 @@ def run(prefill: fx.GraphModule, decode: fx.GraphModule, spec: ModelSpec, policy
     Raises UnsupportedGraphError or UnsupportedMaskError, naming the node, for attention that is not understood.
     """
     context = PassContext(spec)
-    graphs = {"prefill": _Graph("prefill", prefill, context), "decode": _Graph("decode", decode, context)}
-    for graph in graphs.values():
-        for name, rewrite in CANONICALISE:
-            graph.apply(name, partial(rewrite, ctx=context))
+    graphs = (_Graph("prefill", prefill, context), _Graph("decode", decode, context))
+    for graph in graphs:
+        graph.canonicalise()
     context.masks = classify_masks(prefill, context)  # a decode mask of one element tells nothing: prefill decides
     sites = find_sites(prefill, context)
     layouts = policy.layouts(sites)
-    for name, graph in graphs.items():
-        order = [layer for layer, _ in attention_sites(graph.module)]
-        insert = partial(
-            insert_cache,
-            sites=[sites[layer] for layer in order],
-            layouts=[layouts[layer] for layer in order],
-            policy=policy,
-            decode=name == "decode",
-        )
-        graph.apply("insert_cache", insert)
-    counts = {name: graph.counts for name, graph in graphs.items()}
+    for graph in graphs:
+        graph.insert_cache(sites, layouts, policy)
+    counts = {graph.name: graph.counts for graph in graphs}
     return Rewritten(prefill, decode, sites, layouts, counts)
+
+
+def run_one(
+    name: str,
+    gm: fx.GraphModule,
+    spec: ModelSpec,
+    sites: tuple[Site, ...],
+    layouts: tuple[LayerLayout, ...],
+    policy: CachePolicy,
+) -> dict[str, int]:
+    """Rewrite one graph ("prefill" or "decode", any outputs) of a model whose sites another trace has found.
+
+    Returns the rewrites per pass. Raises as `run`, and UnsupportedGraphError for attention other than at those sites.
+    """
+    context = PassContext(spec, {site.layer: _mask(site) for site in sites}, logits_only=False)
+    graph = _Graph(name, gm, context)
+    graph.canonicalise()
+    for found, known in zip(find_sites(gm, context), sites, strict=True):
+        for field in ("heads", "kv_heads", "head_dim", "scale"):
+            if getattr(found, field) != getattr(known, field):
+                what, got = f"{field} of layer {known.layer}", getattr(found, field)
+                expected = f"{getattr(known, field)}, as in the model that the cache is for"
+                raise UnsupportedGraphError(must(what, expected, got, found.source))
+    if name == "prefill":
+        confirm_masks(gm, context)
+    graph.insert_cache(sites, layouts, policy)
+    return graph.counts
+
+
+def _mask(site: Site) -> MaskKind:
+    """The mask that was found at a site."""
+    kind: Any = "alibi" if site.slopes else "sliding_window" if site.window else "causal"
+    return MaskKind(kind, site.window, site.slopes, site.alibi_divisor, site.alibi_bf16)
 
 
 def find_sites(gm: fx.GraphModule, context: PassContext) -> tuple[Site, ...]:
@@ -99,6 +125,21 @@ class _Graph:
         self.name, self.module, self.context = name, module, context
         self.counts: dict[str, int] = {}
         self._dump("captured")
+
+    def canonicalise(self) -> None:
+        for name, rewrite in CANONICALISE:
+            self.apply(name, partial(rewrite, ctx=self.context))
+
+    def insert_cache(self, sites: Sequence[Site], layouts: Sequence[LayerLayout], policy: CachePolicy) -> None:
+        order = [layer for layer, _ in attention_sites(self.module)]
+        insert = partial(
+            insert_cache,
+            sites=[sites[layer] for layer in order],
+            layouts=[layouts[layer] for layer in order],
+            policy=policy,
+            decode=self.name == "decode",
+        )
+        self.apply("insert_cache", insert)
 
     def apply(self, name: str, rewrite: Callable[[fx.GraphModule], int]) -> None:
         """Run one pass, count its rewrites, verify and dump the result."""

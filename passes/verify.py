@@ -15,7 +15,8 @@ STAGES = ("capture", "normalize_attention", "drop_repeat_kv", "insert_cache")
 def verify(gm: fx.GraphModule, stage: str, ctx: PassContext) -> None:
     """Raise UnsupportedGraphError unless `gm` is legal after `stage` (one of STAGES).
 
-    always               well formed; one output, logits [B, vocab]; no op writes to a tensor, cache ops aside
+    always               well formed; one output, logits [B, vocab] (ctx.logits_only); no op writes to a tensor, cache
+                         ops aside
     before insert_cache  placeholders input_ids, attention_mask, position_ids
     normalize_attention  one canonical attention per layer, layers 0 .. n-1; no other softmax over the tokens
     drop_repeat_kv       its key and value have equally many heads, a divisor of the query's
@@ -25,7 +26,8 @@ def verify(gm: fx.GraphModule, stage: str, ctx: PassContext) -> None:
         raise UnsupportedGraphError(must("stage", f"one of {', '.join(STAGES)}", stage))
     gm.graph.lint()
     reached = STAGES.index(stage)
-    _output(gm, ctx)
+    if ctx.logits_only:
+        _output(gm, ctx)
     if reached < STAGES.index("insert_cache"):
         _inputs(gm)
     if stage in ("normalize_attention", "drop_repeat_kv"):

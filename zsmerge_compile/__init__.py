@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zsmerge_compile import testing as testing
     from zsmerge_compile.api import compile as compile
+    from zsmerge_compile.api import new_cache as new_cache
     from zsmerge_compile.bundles.export import export as export
     from zsmerge_compile.bundles.load import load as load
     from zsmerge_compile.config import ZSMergeConfig as ZSMergeConfig
@@ -26,12 +27,13 @@ __version__ = "0.1.0"
 _HOME = {
     "compile": "zsmerge_compile.api",
     "export": "zsmerge_compile.bundles.export",
+    "new_cache": "zsmerge_compile.api",
     "load": "zsmerge_compile.bundles.load",
     "ZSMergeConfig": "zsmerge_compile.config",
     "ZSMergeError": "zsmerge_compile.errors",
     "CompiledModel": "zsmerge_compile.runtime.model",
 }
-__all__ = ["CompiledModel", "ZSMergeConfig", "ZSMergeError", "compile", "export", "load", "testing"]
+__all__ = ["CompiledModel", "ZSMergeConfig", "ZSMergeError", "compile", "export", "load", "new_cache", "testing"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ from torch import nn
 
 from zsmerge_compile.capture import capture
 from zsmerge_compile.config import ZSMergeConfig
+from zsmerge_compile.dynamo.cache import ModelCache
 from zsmerge_compile.errors import ConfigError, InputError, MissingBackendError, must
 from zsmerge_compile.lower.lowered import Lowered
 from zsmerge_compile.models.registry import spec_for
@@ -43,26 +44,14 @@ def compile(
     Raises ConfigError, UnsupportedModelError, UnsupportedGraphError, UnsupportedMaskError or MissingBackendError.
     """
     started = time.perf_counter()
-    _check_arguments(model, config, batch_size, backend, outline)
-    spec = spec_for(model)
-    config.layer_budgets(spec.num_layers)
-    captured = capture(model, spec, batch_size)
-    policy = ZSMergePolicy(config)
-    rewritten = pipeline.run(captured.prefill, captured.decode, spec, policy)
-    parameter = next(model.parameters())
-    program = Program(
-        **rewritten._asdict(),
-        spec=spec,
-        policy=policy,
-        batch_size=batch_size,
-        dtype=parameter.dtype,
-        device=parameter.device,
-    )
+    _check_model(model, config, batch_size)
+    _check_backend(backend, outline)
+    program = _program(model, config, batch_size)
     options = {} if outline is None else {"outline": outline}
     lowered: Lowered = import_module(f"zsmerge_compile.lower.{backend}").lower(program, **options)
     report = Report(
         model=type(model).__name__,
-        policy=policy.name,
+        policy=program.policy.name,
         backend=backend,
         batch_size=batch_size,
         passes=program.counts,
@@ -78,13 +67,47 @@ def compile(
     )
 
 
-def _check_arguments(model: object, config: object, batch_size: object, backend: object, outline: object) -> None:
+def new_cache(model: nn.Module, config: ZSMergeConfig, batch_size: int = 1) -> ModelCache:
+    """An empty cache for `torch.compile(model, backend="zsmerge", options={"config": config, "cache": cache})`.
+
+    The graphs that Dynamo hands over for prompts and for tokens share it; the caller resets, inspects, saves and loads
+    it. The model is traced once here, which finds what every layer's cache must hold. Arguments and errors are those
+    of `compile`; ConfigError too for config.prefill="chunked", as it is the caller who cuts the prompt there.
+    """
+    _check_model(model, config, batch_size)
+    if config.prefill == "chunked":
+        hint = "call the model with one piece of the prompt after the other instead"
+        raise ConfigError(must("config.prefill", '"full" with torch.compile', '"chunked"', hint))
+    return ModelCache(_program(model, config, batch_size))
+
+
+def _program(model: nn.Module, config: ZSMergeConfig, batch_size: int) -> Program:
+    spec = spec_for(model)
+    config.layer_budgets(spec.num_layers)
+    captured = capture(model, spec, batch_size)
+    policy = ZSMergePolicy(config)
+    rewritten = pipeline.run(captured.prefill, captured.decode, spec, policy)
+    parameter = next(model.parameters())
+    return Program(
+        **rewritten._asdict(),
+        spec=spec,
+        policy=policy,
+        batch_size=batch_size,
+        dtype=parameter.dtype,
+        device=parameter.device,
+    )
+
+
+def _check_model(model: object, config: object, batch_size: object) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(must("model", "a torch.nn.Module", type(model).__name__))
     if not isinstance(config, ZSMergeConfig):
         raise ConfigError(must("config", "a ZSMergeConfig", type(config).__name__, "zs.ZSMergeConfig(budget=1024)"))
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise ConfigError(must("batch_size", "an integer of at least 1", repr(batch_size)))
+
+
+def _check_backend(backend: object, outline: object) -> None:
     if backend not in BACKENDS:
         raise MissingBackendError(must("backend", f"one of {', '.join(BACKENDS)}", repr(backend)))
     if backend == "tensorrt":

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +41,16 @@ def capture(model: nn.Module, spec: ModelSpec, batch_size: int) -> Captured:
     """
     device = next(model.parameters()).device
     # Sizes above 1 that differ from each other: a size of 1 would be traced as broadcasting.
-    prefill = _trace(model, spec, _example(2, 11, device), dynamic=True)
-    decode = _trace(model, spec, _example(batch_size, 1, device), dynamic=False)
-    return Captured(prefill, decode)
+    run, what = _LastLogits(model, spec), f"{type(model).__name__}.forward"
+    captured = Captured(
+        trace(run, what, example(2, 11, device), ("batch", "length"), spec.max_positions),
+        trace(run, what, example(batch_size, 1, device), ()),
+    )
+    for module in (captured.prefill, captured.decode):
+        names = tuple(node.target for node in module.graph.find_nodes(op="placeholder"))
+        if names != INPUTS:
+            raise UnsupportedGraphError(must("placeholders of the trace", INPUTS, names))
+    return captured
 
 
 class _LastLogits(nn.Module):
@@ -57,44 +65,49 @@ class _LastLogits(nn.Module):
         return self.call(self.model, input_ids, attention_mask, position_ids)
 
 
-def _example(batch: int, length: int, device: torch.device) -> tuple[Tensor, ...]:
+def example(batch: int, length: int, device: torch.device) -> tuple[Tensor, ...]:
+    """INPUTS of a prompt without padding."""
     ids = torch.zeros(batch, length, dtype=torch.int64, device=device)
     positions = torch.arange(length, device=device).expand(batch, length).contiguous()
     return ids, torch.ones_like(ids), positions
 
 
-def _trace(model: nn.Module, spec: ModelSpec, example: tuple[Tensor, ...], dynamic: bool) -> fx.GraphModule:
+def trace(
+    run: nn.Module, what: str, given: tuple[Tensor, ...], dynamic: Sequence[str], max_positions: int | None = None
+) -> fx.GraphModule:
+    """The graph of a module called with tensors [batch, length], for every size of the `dynamic` dimensions.
+
+    dynamic: names among batch, length. Raises UnsupportedGraphError, where `what` names the module.
+    """
     # A stored table (of masks, say) bounds the length: if tracing for any length fails, the model's own limit may do.
     # One less than it, as the whole table is a case of its own to torch.export (the graph serves that too).
-    limits = [None, spec.max_positions - 1] if dynamic and spec.max_positions is not None else [None]
+    limits = [None, max_positions - 1] if dynamic and max_positions is not None else [None]
     for limit in limits:
         try:
-            module = plain(_export(_LastLogits(model, spec), example, dynamic, limit))
+            module = plain(_export(run, given, dynamic, limit))
             break
         except UnsupportedGraphError:
             raise
         except Exception as error:  # torch.export raises a dozen unrelated types
             if limit is limits[-1]:
-                what = f"{type(model).__name__}.forward"
                 expected = "traceable by torch.export for every batch size and length"
                 raise UnsupportedGraphError(must(what, expected, f"{type(error).__name__}: {error}")) from error
-    names = tuple(node.target for node in module.graph.find_nodes(op="placeholder"))
-    if names != INPUTS:
-        raise UnsupportedGraphError(must("placeholders of the trace", INPUTS, names))
     return module
 
 
-def _export(model: nn.Module, example: tuple[Tensor, ...], dynamic: bool, limit: int | None) -> Any:
-    dim = torch.export.Dim
-    shape = {0: dim("batch", min=1), 1: dim("length", min=1, max=limit)} if dynamic else None
+def _export(run: nn.Module, given: tuple[Tensor, ...], dynamic: Sequence[str], limit: int | None) -> Any:
+    places = {"batch": 0, "length": 1}
+    shape = {
+        places[name]: torch.export.Dim(name, min=1, max=limit if name == "length" else None) for name in dynamic
+    } or None
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its pytree classes
         # torch 2.11 refuses conditions it cannot prove, such as min(n, 4 * n) == n; deferred, they become checks in the
         # graph, and `_check_holds` tries them out.
         program = torch.export.export(
-            model,
-            example,
-            dynamic_shapes=(shape,) * len(INPUTS),
+            run,
+            given,
+            dynamic_shapes=(shape,) * len(given),
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
@@ -143,7 +156,7 @@ def _fresh(node: fx.Node) -> bool:
 
 
 def plain(unlifted: Any) -> fx.GraphModule:
-    """The graph of an exported module as an ordinary GraphModule: no guards, no pytrees, one output."""
+    """The graph of an exported module as an ordinary GraphModule: no guards, no pytrees, a single output bare."""
     graph: fx.Graph = unlifted.graph
     for node in list(graph.nodes):
         if _is_check(node):
@@ -153,7 +166,7 @@ def plain(unlifted: Any) -> fx.GraphModule:
             node.target = torch.ops.aten.reshape.default  # passes change layouts, and a view insists on one
     output = graph.output_node()
     (results,) = output.args
-    output.args = tuple(results)  # type: ignore[arg-type]  # export returns a tuple of one
+    output.args = tuple(results) if len(results) == 1 else (tuple(results),)  # type: ignore[arg-type]
     graph.set_codegen(fx.graph.CodeGen())
     _erase_unused(graph)
     return fx.GraphModule(unlifted, graph, class_name="Captured")

@@ -35,30 +35,31 @@ def lower(program: Program, outline: bool | None = None) -> Lowered:
     """
     if outline is None:
         outline = len(program.layouts) >= DEEP.get(program.device.type, DEEP_ELSEWHERE)
-    policy, chosen = program.policy, {}
-    chosen["extend"], chosen["decode"] = (kernels.choose(op, program) for op in (policy.extend_op, policy.decode_op))
-    prefill = _compile(program, "prefill", policy.extend_op, chosen["extend"], prefill_inputs(program), outline)
-    decode = _compile(program, "decode", policy.decode_op, chosen["decode"], decode_inputs(program), outline)
-    names = {op: kernel.name for op, kernel in chosen.items()}
+    prefill, decode = lower_graph(program, "prefill", outline), lower_graph(program, "decode", outline)
+    names = {"extend": prefill.kernel, "decode": decode.kernel}
     return Lowered(prefill.run, decode.run, names, {"prefill": prefill.parts, "decode": decode.parts})
 
 
 class Compiled(NamedTuple):
-    """A graph's callable, and how many graphs were compiled for it."""
+    """A graph's callable, how many graphs were compiled for it, and which kernel is in them."""
 
     run: Any
     parts: int
+    kernel: str
 
 
-def _compile(program: Program, name: str, op: Any, kernel: Kernel, inputs: list[Tensor], outline: bool) -> Compiled:
-    gm = annotated(getattr(program, name), inputs)
+def lower_graph(program: Program, name: str, outline: bool = False) -> Compiled:
+    """Compile the program's "prefill" or "decode" graph."""
+    op = program.policy.decode_op if name == "decode" else program.policy.extend_op
+    kernel = kernels.choose(op, program)
+    gm = annotated(getattr(program, name), decode_inputs(program) if name == "decode" else prefill_inputs(program))
     outlined = outline_layers(gm, op) if outline else None
     if outlined is None:
-        return Compiled(_compile_part(gm, op, kernel), 1)
+        return Compiled(_compile_part(gm, op, kernel), 1, kernel.name)
     dump(name, len(program.counts[name]) + 1, "outline_layers", outlined)
     targets = dict.fromkeys(str(call.target) for call in outlined.graph.find_nodes(op="call_module"))
     parts = {target: _compile_part(outlined.get_submodule(target), op, kernel) for target in targets}
-    return Compiled(Stages(outlined, parts), len(parts))
+    return Compiled(Stages(outlined, parts), len(parts), kernel.name)
 
 
 def _compile_part(gm: Any, op: Any, kernel: Kernel) -> Any:

@@ -18,7 +18,7 @@ from zsmerge_compile.runtime.graphs import Decode, DirectStep, RecordedStep, Rec
 
 
 class Runner(GenerateMixin):
-    """prefill, decode, reset and generate over a cache of its own.
+    """prefill, decode, reset and generate over a cache.
 
     interface  batch size, dtype, device, vocabulary, positions and the cache's tensors
     cache      `Cache`: layers, seen_tokens, nbytes, save and load
@@ -37,13 +37,16 @@ class Runner(GenerateMixin):
         record: Recorder | None = None,
         config: Any = None,
         generation_config: Any = None,
+        cache: Cache | None = None,
     ) -> None:
-        """prefill, decode: with the signatures of `Program`'s graphs; record: how the step is recorded, if at all."""
+        """prefill, decode: with the signatures of `Program`'s graphs; record: how the step is recorded, if at all;
+        cache: one that others use too, None: an empty one of its own.
+        """
         self.interface = interface
         self.config, self.generation_config = config, generation_config
         self.device, self.dtype, self.batch_size = interface.device, interface.dtype, interface.batch_size
         self.max_positions = interface.max_positions
-        self.cache = Cache(interface)
+        self.cache = Cache(interface) if cache is None else cache
         self.decode_graph = decode  # (token_ids, seen, active, *state) -> logits, without checks or bookkeeping
         self.prefill_graph = prefill
         self.chunk = chunk
