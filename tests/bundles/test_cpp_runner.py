@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cpp_runner.build import build
 
+from cpp_runner.build import build
 from tests.bundles.made import PADS, bundle, compiled, copy, greedy
 from tests.models_zoo import VOCAB, prompt
 
