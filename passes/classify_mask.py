@@ -60,7 +60,9 @@ def confirm_masks(gm: fx.GraphModule, ctx: PassContext) -> None:
         key, kind = (*site.args[3:5], ctx.masks[layer]), ctx.masks[layer]
         if key in confirmed:
             continue
-        mask, query = _mask_of(site), value(site.args[0])  # type: ignore[arg-type]
+        query = value(site.args[0])  # type: ignore[arg-type]
+        one_token = isinstance(query.shape[2], int) and query.shape[2] == 1
+        mask = None if one_token and site.args[3] is None else _mask_of(site)
         if mask is None:
             right = kind.slopes is None and _reaches(kind, query.shape[2])
         else:

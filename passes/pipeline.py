@@ -82,8 +82,7 @@ def run_one(
                 what, got = f"{field} of layer {known.layer}", getattr(found, field)
                 expected = f"{getattr(known, field)}, as in the model that the cache is for"
                 raise UnsupportedGraphError(must(what, expected, got, found.source))
-    if name == "prefill":
-        confirm_masks(gm, context)
+    confirm_masks(gm, context)
     graph.insert_cache(sites, layouts, policy)
     return graph.counts
 

@@ -68,11 +68,15 @@ def compile(
 
 
 def new_cache(model: nn.Module, config: ZSMergeConfig, batch_size: int = 1) -> ModelCache:
-    """An empty cache for `torch.compile(model, backend="zsmerge", options={"config": config, "cache": cache})`.
+    """An empty cache for `torch.compile(model, backend="zsmerge", options=options, fullgraph=True)`, with options =
+    {"config": config, "cache": cache}.
 
     The graphs that Dynamo hands over for prompts and for tokens share it; the caller resets, inspects, saves and loads
-    it. The model is traced once here, which finds what every layer's cache must hold. Arguments and errors are those
-    of `compile`; ConfigError too for config.prefill="chunked", as it is the caller who cuts the prompt there.
+    it. The model is traced once here, which finds what every layer's cache must hold. Dynamo compiles one code object
+    8 times (torch._dynamo.config.recompile_limit): raise that, or call torch._dynamo.reset(), for more caches.
+
+    Arguments and errors are those of `compile`; ConfigError too for config.prefill="chunked", as it is the caller who
+    cuts the prompt there.
     """
     _check_model(model, config, batch_size)
     if config.prefill == "chunked":

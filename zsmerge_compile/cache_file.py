@@ -10,12 +10,13 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from zsmerge_compile import tensor_file
 from zsmerge_compile.errors import InputError, must
 from zsmerge_compile.program import Interface, TensorSpec
 
@@ -25,16 +26,20 @@ SEEN = "seen_tokens"
 
 def write(path: str | os.PathLike[str], interface: Interface, tensors: Iterable[Tensor]) -> None:
     """seen_tokens and the state of some rows. Raises InputError where no file can be written there."""
-    path = Path(path)
-    if path.is_dir() or not path.parent.is_dir():
-        raise InputError(must("path", "a file in a folder that exists", str(path)))
     named = dict(zip((SEEN, *interface.state_names), tensors, strict=True))
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    saved = {name: tensor.cpu().contiguous() for name, tensor in named.items()}
     try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in named.items()}, draft, _metadata(interface))
-        draft.replace(path)  # whole or not at all
-    finally:
-        draft.unlink(missing_ok=True)
+        target = Path(path).resolve()
+        if target.is_dir() or not target.parent.is_dir():
+            raise InputError(must("path", "a file in a folder that exists", str(path)))
+        with TemporaryDirectory(dir=target.parent, prefix=".cache-") as folder:
+            draft = Path(folder) / "draft"
+            tensor_file.write(saved, draft, _metadata(interface))
+            draft.replace(target)  # whole or not at all
+    except InputError:
+        raise
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
+        raise InputError(must("path", "one that can be written", f"{path!r}: {error}")) from error
 
 
 def read(path: str | os.PathLike[str], interface: Interface, rows: int) -> list[Tensor]:
@@ -43,7 +48,9 @@ def read(path: str | os.PathLike[str], interface: Interface, rows: int) -> list[
         with safe_open(path, "pt") as file:
             _check_metadata(file.metadata() or {}, interface)
             saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError) as error:
+    except InputError:
+        raise
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise InputError(must("saved cache", "a file that cache.save wrote", f"{path}: {error}")) from error
     specs = {SEEN: TensorSpec((rows,), torch.int64)}
     specs |= {name: TensorSpec((rows, *spec.shape[1:]), spec.dtype) for name, spec in _specs(interface)}
@@ -56,8 +63,10 @@ def read(path: str | os.PathLike[str], interface: Interface, rows: int) -> list[
         if found != spec:
             raise InputError(must(f"{name} of the saved cache", _told(spec), _told(found)))
     limit, seen = interface.max_positions, saved[SEEN].tolist()
-    if not all(0 <= count <= (limit or count) for count in seen):
-        raise InputError(must("tokens seen in the saved cache", f"0 .. {limit or 'any number'}", seen))
+    if not all(0 <= count <= (count if limit is None else limit) for count in seen):
+        raise InputError(
+            must("tokens seen in the saved cache", f"0 .. {'any number' if limit is None else limit}", seen)
+        )
     return [saved[name] for name in specs]
 
 

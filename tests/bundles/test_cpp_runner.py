@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from cpp_runner.build import build
 from tests.bundles.made import PADS, bundle, compiled, copy, greedy
 from tests.models_zoo import VOCAB, prompt
+from zsmerge_compile.bundles import manifest
 
 STEPS = 200
 CASES = [
@@ -49,7 +51,7 @@ def refusal(folder: Path, steps: int = 3, *given: str) -> str:
 
 def rewritten(folder: Path, **fields: Any) -> Path:
     path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    path.write_text(manifest.sealed(json.loads(path.read_text()) | fields))
     return folder
 
 
@@ -81,7 +83,14 @@ def test_damaged_bundles_are_refused(tmp_path: Path) -> None:
     (folder / "weights.safetensors").write_bytes((whole / "weights.safetensors").read_bytes()[:-4])
     assert "weights.safetensors of the bundle must be" in refusal(folder)
     shutil.copy(whole / "weights.safetensors", folder)
+    changed = bytearray((whole / "prefill.pt2").read_bytes())
+    changed[len(changed) // 2] ^= 1
+    (folder / "prefill.pt2").write_bytes(changed)
+    assert "prefill.pt2 of the bundle must be what was written (SHA-256), got other content" in refusal(folder)
+    shutil.copy(whole / "prefill.pt2", folder)
     text = (whole / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(text.replace('"batch_size": 1', '"batch_size": 2'))
+    assert "manifest must be what was written (SHA-256), got other content" in refusal(folder)
     for cut in range(0, len(text) - 2, len(text) // 40):
         (folder / "manifest.json").write_text(text[:cut])
         assert refusal(folder).startswith("error: JSON ")
@@ -95,12 +104,36 @@ def test_the_limit_of_positions_holds(tmp_path: Path) -> None:
     assert "tokens seen must be at most 32, got 33" in refusal(folder, 4)
 
 
+def test_values_that_no_bundle_has(tmp_path: Path) -> None:
+    """Signed, so that they reach the checks."""
+    folder = copy(bundle("llama-gqa", "aoti", 1), tmp_path)
+    original = json.loads((folder / "manifest.json").read_text())
+    layer = original["cache"]["layers"][0]
+    other_rows = [[layer[0][0], [2, *layer[0][1][1:]], layer[0][2]], *layer[1:]]
+    for fields, message in (
+        ({"chunk": 0}, "chunk must be at least 1, got 0"),
+        ({"chunk": "x"}, "JSON value must be an integer"),
+        ({"model": original["model"] | {"vocab_size": 0}}, "vocab_size must be at least 1, got 0"),
+        ({"cache": original["cache"] | {"device": "tpu"}}, "bundle's device must be cpu or cuda, got tpu"),
+        ({"cache": original["cache"] | {"layers": [other_rows]}}, "rows of the cache must be 1"),
+        (
+            {"files": {"../weights": {"bytes": 1, "sha256": ""}}},
+            "must be a plain path inside the bundle, got ../weights",
+        ),
+        ({"files": {}}, "file of prefill must be one of the bundle's, got prefill.pt2"),
+    ):
+        assert message in refusal(rewritten(folder, **(original | fields)))
+
+
 def test_manifest_text_is_read_as_json_has_it(tmp_path: Path) -> None:
     """Escapes, other alphabets and numbers of every kind may stand anywhere in a manifest."""
     folder = copy(bundle("llama-gqa", "aoti", 1), tmp_path)
     before = run(folder, 5, *prompts(1)).stdout
     odd = {'a"\\/\b\f\n\r\t\x01': "ä€😀", "n": [1.5e-3, -2, 1e300, True, False, None, {}, []]}
+    path = folder / "manifest.json"
+    fields = json.loads(path.read_text()) | {"policy": odd}
+    del fields["sha256"]
     for ascii in (True, False):
-        path = folder / "manifest.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"policy": odd}, ensure_ascii=ascii))
+        body = json.dumps(fields, indent=1, ensure_ascii=ascii)[:-2]
+        path.write_text(f'{body},\n "sha256": "{sha256(body.encode()).hexdigest()}"\n}}\n')
         assert run(folder, 5, *prompts(1)).stdout == before != ""

@@ -29,7 +29,7 @@ def edited(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     path = folder / manifest.NAME
     raw = json.loads(path.read_text())
     change(raw)
-    path.write_text(json.dumps(raw | {"sha256": manifest.seal(raw)}))
+    path.write_text(manifest.sealed(raw))
     return folder
 
 

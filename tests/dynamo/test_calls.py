@@ -48,9 +48,9 @@ def test_every_family(name: str, batch: int) -> None:
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_lengths_that_vary_from_the_beginning_or_never(dynamic: bool) -> None:
     both = pair("llama-gqa", 3, dynamic=dynamic)
-    for length in (15, 40):
+    for length in (3, 15, 40):  # first as many columns as rows
         both.reset()
-        assert_greedy_steps_agree(both, both.prompt(length), 3)
+        assert_greedy_steps_agree(both, both.prompt(length, padded=length > 3), 3)
 
 
 @pytest.mark.parametrize("name, batch", [("llama-gqa", 3), ("falcon-rw", 1)])
@@ -137,6 +137,20 @@ def test_other_outputs_come_along() -> None:
         torch.testing.assert_close(mine, yours, rtol=1e-4, atol=1e-4)
 
 
+def test_outputs_that_are_views_of_positions() -> None:
+    both = pair("llama-gqa", 1)
+
+    def step(tokens: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+        return both.model(tokens, position_ids=where, use_cache=False).logits, where.view(-1)
+
+    options = {"config": CONFIG, "cache": both.cache, "lower": "eager"}
+    fast = torch.compile(step, backend="zsmerge", options=options, fullgraph=True)
+    with torch.no_grad():
+        fast(prompt(1, 9)["input_ids"], torch.arange(9)[None])
+        where = [fast(torch.tensor([[7]]), torch.tensor([[position]]))[1] for position in (9, 10, 11)]
+    assert [int(position) for position in where] == [9, 10, 11]
+
+
 def test_a_function_of_ones_own_around_the_model() -> None:
     """Its arguments have names of their own, and tokens come out instead of logits."""
     both = pair("llama-gqa", 1)
@@ -145,8 +159,8 @@ def test_a_function_of_ones_own_around_the_model() -> None:
         logits: Tensor = both.model(tokens, position_ids=where, use_cache=False).logits
         return logits[:, -1].argmax(-1, keepdim=True)
 
-    options = {"config": CONFIG, "cache": both.cache}
-    fast = torch.compile(next_token, backend="zsmerge", options={**options, "lower": "eager"})
+    options = {"config": CONFIG, "cache": both.cache, "lower": "eager"}
+    fast = torch.compile(next_token, backend="zsmerge", options=options, fullgraph=True)
     ids = prompt(1, 21)["input_ids"]
     with torch.inference_mode():
         token = fast(ids, torch.arange(21)[None])
@@ -176,3 +190,18 @@ def test_a_saved_cache_goes_on_elsewhere(tmp_path: Path) -> None:
     both.cache.load(tmp_path / "cache.safetensors")
     token = ours.argmax(-1, keepdim=True)
     assert_close((both.token(token)[0], other.decode(token)))
+
+
+def test_columns_cut_out_of_larger_tensors() -> None:
+    """Their strides vary, which Dynamo passes along."""
+    both = pair("llama-gqa", 3)
+    ids, positions = prompt(3, 40)["input_ids"], torch.arange(40).expand(3, 40)
+    with torch.no_grad():
+        for start, stop in ((0, 15), (15, 17), (17, 18), (18, 19), (19, 30)):
+            part = slice(start, stop)
+            out = both.ours(ids[:, part], position_ids=positions[:, part], use_cache=False).logits[:, -1]
+            assert_close((out, both.theirs.prefill(ids[:, part])))
+        wider = torch.cat([ids, ids], 1)
+        for at in (30, 31):
+            out = both.ours(wider[:, at : at + 1], position_ids=positions[:, at : at + 1], use_cache=False).logits
+            assert_close((out[:, 0], both.theirs.decode(ids[:, at : at + 1])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +184,31 @@ def test_other_layouts_are_refused(tmp_path: Path) -> None:
         model.cache.save(tmp_path / "no" / "cache")
     with pytest.raises(zs.ZSMergeError, match="path must be a file in a folder that exists"):
         model.cache.save(tmp_path)
+
+
+def test_paths_that_cannot_be(tmp_path: Path) -> None:
+    cache: Any = compiled("llama-gqa", 1).cache
+    for path in (tmp_path / ("x" * 300), f"{tmp_path}/a\0b", bytes(tmp_path / "bytes"), None, "/proc/cache"):
+        with pytest.raises(zs.ZSMergeError, match="path must be"):
+            cache.save(path)
+        with pytest.raises(zs.ZSMergeError, match="saved cache must be a file that cache.save wrote"):
+            cache.load(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_are_as_readable_as_any_other(tmp_path: Path) -> None:
+    """And a link stays one: the file behind it is written."""
+    (tmp_path / "plain").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "cache")
+    compiled("llama-gqa", 1).cache.save(tmp_path / "link")
+    weights = bundle("llama-gqa", "pt2", 1) / "weights.safetensors"
+    modes = {path.stat().st_mode for path in (tmp_path / "plain", tmp_path / "cache", weights)}
+    assert len(modes) == 1 and (tmp_path / "link").is_symlink()
+
+
+def test_many_may_save_to_one_file(tmp_path: Path) -> None:
+    cache = compiled("llama-gqa", 1).cache
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: cache.save(tmp_path / "cache"), range(40)))
+    cache.load(tmp_path / "cache")
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]

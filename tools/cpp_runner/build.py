@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,11 +22,13 @@ def command(program: Path) -> list[str]:
     """The compiler's command line for `program`."""
     sources = [str(path) for path in sorted(HERE.glob("*.cpp"))]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    version = f'-DZSMERGE_TORCH="{torch.__version__}"'
     included = [f"-isystem{path}" for path in include_paths()]
-    linked = [word for path in library_paths() for word in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    linked = [word for path in library_paths() for word in (f"-L{path}", "-Xlinker", "-rpath", "-Xlinker", path)]
     cuda = ["-Wl,--no-as-needed", "-ltorch_cuda", "-lc10_cuda"] if torch.version.cuda else []
-    compiler = os.environ.get("CXX", "g++")
-    return [compiler, "-std=c++20", "-O2", "-Wall", "-Wextra", abi, *included, *sources, "-o", str(program), *linked,
+    compiler = shlex.split(os.environ.get("CXX") or "g++")
+    flags = ["-std=c++20", "-O2", "-Wall", "-Wextra", abi, version]
+    return [*compiler, *flags, *included, *sources, "-o", str(program), *linked,
             *cuda, "-ltorch", "-ltorch_cpu", "-lc10"]  # fmt: skip
 
 
@@ -40,7 +43,9 @@ def build(folder: Path = FOLDER) -> Path:
     with FileLock(folder / "lock"):
         if not program.exists() or not stamp.exists() or stamp.read_text() != digest.hexdigest():
             stamp.unlink(missing_ok=True)
-            subprocess.run(command(program), check=True)
+            done = subprocess.run(command(program), check=False)
+            if done.returncode:
+                raise OSError(f"exit status {done.returncode}")
             stamp.write_text(digest.hexdigest())
     return program
 
@@ -50,8 +55,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where to put zsmerge-run (default: %(default)s)")
     try:
         print(build(parser.parse_args().folder))
-    except (OSError, subprocess.CalledProcessError) as error:
-        print(f"the C++ compiler must compile the runner, got {error}; CXX= names another one", file=sys.stderr)
+    except OSError as error:
+        print(f"the runner must be compiled, got {error}; CXX= names another C++20 compiler", file=sys.stderr)
         return 1
     return 0
 

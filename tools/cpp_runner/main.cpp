@@ -2,6 +2,7 @@
 // Prints a line of ids per row, and to standard error how long it took.
 
 #include <c10/core/InferenceMode.h>
+#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <charconv>
@@ -38,13 +39,16 @@ double milliseconds_since(Clock::time_point start) {
 
 void run(const std::filesystem::path& bundle, int64_t steps, const std::vector<std::vector<int64_t>>& prompts) {
   const c10::InferenceMode inference;
+  if (steps < 1) throw zsmerge::must("steps", "at least 1", steps);
   zsmerge::Runner runner(bundle);
   const auto batch = runner.manifest().batch_size;
   if (static_cast<int64_t>(prompts.size()) != batch) throw zsmerge::must("prompts", batch, prompts.size());
-  if (steps < 1) throw zsmerge::must("steps", "at least 1", steps);
 
   size_t longest = 0;
   for (const auto& prompt : prompts) longest = std::max(longest, prompt.size());
+  const int64_t last = static_cast<int64_t>(longest) + steps - 1;
+  if (const auto limit = runner.manifest().max_positions; limit && last > *limit)
+    throw zsmerge::must("tokens seen", "at most " + std::to_string(*limit), last);
   std::vector<int64_t> padded, pads;
   for (const auto& prompt : prompts) {
     pads.push_back(static_cast<int64_t>(longest - prompt.size()));
@@ -68,6 +72,7 @@ void run(const std::filesystem::path& bundle, int64_t steps, const std::vector<s
   for (int64_t row = 0; row < batch; ++row)
     for (int64_t step = 0; step < steps; ++step)
       std::cout << written[row][step].item<int64_t>() << (step + 1 < steps ? ',' : '\n');
+  if (!std::cout.flush()) throw zsmerge::must("output", "written", "an error");
   std::cerr << "prompt " << prompt_time << " ms, then " << step_time << " ms per token\n";
 }
 
@@ -82,6 +87,9 @@ int main(int count, char** arguments) {
     std::vector<std::vector<int64_t>> prompts;
     for (int i = 3; i < count; ++i) prompts.push_back(numbers(arguments[i]));
     run(arguments[1], number(arguments[2]), prompts);
+  } catch (const c10::Error& error) {
+    std::cerr << "error: " << error.what_without_backtrace() << '\n';
+    return 1;
   } catch (const std::exception& error) {
     std::cerr << "error: " << error.what() << '\n';
     return 1;

@@ -1,12 +1,14 @@
 #include "runner.h"
 
-#include <torch/version.h>
+#include <ATen/Context.h>
 
-#include <fstream>
-#include <iterator>
 #include <map>
+#include <regex>
+#include <set>
 
+#include "mapped.h"
 #include "must.h"
+#include "sha256.h"
 #include "weights.h"
 
 namespace zsmerge {
@@ -14,10 +16,18 @@ namespace {
 
 constexpr int64_t kVersion = 1;
 
-Json read_json(const std::filesystem::path& file) {
-  std::ifstream stream(file, std::ios::binary);
-  if (!stream) throw must("bundle", "a folder with manifest.json", file.parent_path().string());
-  return Json::parse(std::string(std::istreambuf_iterator<char>(stream), {}));
+// The manifest, whose last line has the SHA-256 of all lines before it.
+Json read_manifest(const std::filesystem::path& folder) {
+  const auto file = folder / "manifest.json";
+  if (!std::filesystem::is_regular_file(file)) throw must("bundle", "a folder with manifest.json", folder.string());
+  const std::string_view text = mapped(file);
+  Json json = Json::parse(text);
+  if (json["version"].integer() != kVersion) throw must("bundle's version", kVersion, json["version"].integer());
+  const std::string_view last = ",\n \"sha256\": \"";
+  const size_t end = text.rfind(last);
+  if (end == std::string_view::npos || json["sha256"].text() != sha256(text.substr(0, end)))
+    throw must("manifest", "what was written (SHA-256)", "other content");
+  return json;
 }
 
 at::ScalarType dtype(const std::string& name) {
@@ -28,43 +38,64 @@ at::ScalarType dtype(const std::string& name) {
   return found->second;
 }
 
-std::optional<int64_t> maybe(const Json& number) {
-  return number.null() ? std::nullopt : std::optional(number.integer());
+int64_t count(const Json& number, const char* what, int64_t least) {
+  if (number.integer() < least) throw must(what, "at least " + std::to_string(least), number.integer());
+  return number.integer();
 }
 
-// "2.13.0" of "2.13.0+cpu"
-std::string release(const std::string& version) { return version.substr(0, version.find('+')); }
+std::optional<int64_t> maybe(const Json& number, const char* what, int64_t least) {
+  return number.null() ? std::nullopt : std::optional(count(number, what, least));
+}
 
 }  // namespace
 
-Manifest::Manifest(const std::filesystem::path& folder) : json(read_json(folder / "manifest.json")) {
-  if (json["version"].integer() != kVersion) throw must("bundle's version", kVersion, json["version"].integer());
+Manifest::Manifest(const std::filesystem::path& folder) : json(read_manifest(folder)) {
   if (json["format"].text() != "aoti") throw must("bundle's format", "aoti", json["format"].text());
-  if (const auto& written = json["versions"]["torch"].text(); release(written) != TORCH_VERSION)
-    throw must("PyTorch", written + ", with which this bundle was written", TORCH_VERSION);
-  for (const auto& [name, facts] : json["files"].object()) {
-    const auto file = folder / name;
-    if (!std::filesystem::is_regular_file(file)) throw must(name + " of the bundle", "a file", "none");
-    const auto size = static_cast<int64_t>(std::filesystem::file_size(file));
-    if (size != facts["bytes"].integer())
-      throw must(name + " of the bundle", std::to_string(facts["bytes"].integer()) + " bytes long", size);
-  }
+  if (const auto& written = json["versions"]["torch"].text(); written != ZSMERGE_TORCH)
+    throw must("PyTorch", written + ", with which this bundle was written", ZSMERGE_TORCH);
+  check_files(folder);
   const std::string& name = json["cache"]["device"].text();
   if (name != "cpu" && name != "cuda") throw must("bundle's device", "cpu or cuda", name);
+  if (name == "cuda" && !at::hasCUDA()) throw must("this PyTorch", "one with CUDA, as the bundle needs", "none");
   device = name == "cuda" ? at::Device(at::kCUDA, 0) : at::Device(at::kCPU);
-  batch_size = json["cache"]["batch_size"].integer();
-  vocab_size = json["model"]["vocab_size"].integer();
-  max_positions = maybe(json["model"]["max_positions"]);
-  chunk = maybe(json["chunk"]);
+  batch_size = count(json["cache"]["batch_size"], "batch_size", 1);
+  vocab_size = count(json["model"]["vocab_size"], "vocab_size", 1);
+  max_positions = maybe(json["model"]["max_positions"], "max_positions", 0);
+  chunk = maybe(json["chunk"], "chunk", 1);
+}
+
+void Manifest::check_files(const std::filesystem::path& folder) const {
+  static const std::regex plain("[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*");
+  std::set<std::string> named;
+  for (const auto& [name, facts] : json["files"].object()) {
+    if (!std::regex_match(name, plain)) throw must("file name in the manifest", "a plain path inside the bundle", name);
+    const auto file = folder / name;
+    const std::string what = name + " of the bundle";
+    if (!std::filesystem::is_regular_file(file)) throw must(what, "a file", "none");
+    const std::string_view bytes = mapped(file);
+    const int64_t size = facts["bytes"].integer();
+    if (static_cast<int64_t>(bytes.size()) != size)
+      throw must(what, std::to_string(size) + " bytes long", bytes.size());
+    if (sha256(bytes) != facts["sha256"].text()) throw must(what, "what was written (SHA-256)", "other content");
+    named.insert(name);
+  }
+  for (const char* graph : {"prefill", "decode"}) {
+    const std::string& file = json["programs"][graph]["file"].text();
+    if (!named.count(file)) throw must(std::string("file of ") + graph, "one of the bundle's", file);
+  }
+  if (!named.count("weights.safetensors")) throw must("manifest's files", "with weights.safetensors", "without");
 }
 
 std::vector<at::Tensor> Manifest::empty_cache() const {
   std::vector<at::Tensor> state;
   for (const Json& layer : json["cache"]["layers"].array()) {
-    for (const Json& tensor : layer.array()) {  // [name, shape, dtype]
+    for (const Json& tensor : layer.array()) {
+      const Json::Array& facts = tensor.array();  // [name, shape, dtype]
+      if (facts.size() != 3) throw must("tensor of the cache", "name, shape and dtype", facts.size());
       std::vector<int64_t> shape;
-      for (const Json& size : tensor.array().at(1).array()) shape.push_back(size.integer());
-      state.push_back(at::zeros(shape, at::TensorOptions(device).dtype(dtype(tensor.array().at(2).text()))));
+      for (const Json& size : facts[1].array()) shape.push_back(count(size, "size in the cache", 0));
+      if (shape.empty() || shape[0] != batch_size) throw must("rows of the cache", batch_size, "another count");
+      state.push_back(at::zeros(shape, at::TensorOptions(device).dtype(dtype(facts[2].text()))));
     }
   }
   return state;
@@ -92,6 +123,7 @@ std::unique_ptr<Runner::Package> Runner::package(const std::filesystem::path& fo
 }
 
 at::Tensor Runner::prefill(at::Tensor ids, at::Tensor pads, const at::Tensor& rows) {
+  check_rows(ids, pads, rows);
   const int64_t length = ids.size(1), step = manifest_.chunk.value_or(length);
   check_tokens(ids);
   if (length == 0 || pads.lt(0).logical_or(pads.ge(length)).any().item<bool>())
@@ -115,7 +147,10 @@ at::Tensor Runner::prefill(at::Tensor ids, at::Tensor pads, const at::Tensor& ro
 
 at::Tensor Runner::decode(const at::Tensor& ids, const at::Tensor& active) {
   check_tokens(ids);
-  if (ids.sizes() != at::IntArrayRef({manifest_.batch_size, 1})) throw must("tokens", "one per row", ids.sizes());
+  const int64_t batch = manifest_.batch_size;
+  if (ids.sizes() != at::IntArrayRef({batch, 1})) throw must("tokens", "one per row", ids.sizes());
+  if (active.scalar_type() != at::kBool || active.sizes() != at::IntArrayRef({batch}))
+    throw must("active", "bool, one per row", active.toString());
   check_positions(seen_ + active);
   const at::Tensor logits = run(*decode_, {ids.contiguous(), seen_, active.contiguous()});
   seen_ += active;
@@ -132,9 +167,23 @@ at::Tensor Runner::run(Package& graph, std::vector<at::Tensor> inputs) {
   return graph.run(inputs).at(0);
 }
 
+void Runner::check_rows(const at::Tensor& ids, const at::Tensor& pads, const at::Tensor& rows) const {
+  if (ids.dim() != 2) throw must("ids", "of shape [b, T]", ids.sizes());
+  const int64_t count = ids.size(0);
+  for (const at::Tensor& each : {pads, rows})
+    if (each.scalar_type() != at::kLong || each.sizes() != at::IntArrayRef({count}))
+      throw must("pads and rows", "int64, one per row of ids", each.sizes());
+  const at::Tensor sorted = std::get<0>(rows.cpu().sort());
+  const bool twice = count > 1 && sorted.slice(0, 1).eq(sorted.slice(0, 0, count - 1)).any().item<bool>();
+  if (count == 0 || twice || sorted[0].item<int64_t>() < 0 || sorted[count - 1].item<int64_t>() >= manifest_.batch_size)
+    throw must("rows", "distinct, in 0 .. " + std::to_string(manifest_.batch_size - 1), rows);
+}
+
 void Runner::check_tokens(const at::Tensor& ids) const {
-  if (ids.lt(0).logical_or(ids.ge(manifest_.vocab_size)).any().item<bool>())
-    throw must("tokens", "in 0 .. " + std::to_string(manifest_.vocab_size - 1), "others");
+  if (ids.scalar_type() != at::kLong) throw must("tokens", "int64", ids.toString());
+  const at::Tensor wrong = ids.masked_select(ids.lt(0).logical_or(ids.ge(manifest_.vocab_size)));
+  if (wrong.numel() > 0)
+    throw must("tokens", "in 0 .. " + std::to_string(manifest_.vocab_size - 1), wrong[0].item<int64_t>());
 }
 
 void Runner::check_positions(const at::Tensor& seen) const {

@@ -16,7 +16,8 @@
 
 namespace zsmerge {
 
-// What manifest.json says. Files are compared by their sizes; checksums are left to Python's zs.load.
+// What manifest.json says. Throws std::runtime_error for what zs.export did not write: the manifest and every file are
+// compared with their SHA-256, as a package trusts the shapes it is given. (Python's zs.load does the same.)
 struct Manifest {
   explicit Manifest(const std::filesystem::path& folder);
 
@@ -26,15 +27,20 @@ struct Manifest {
   std::optional<int64_t> max_positions, chunk;
 
   std::vector<at::Tensor> empty_cache() const;
+
+ private:
+  void check_files(const std::filesystem::path& folder) const;
 };
 
 class Runner {
  public:
-  // Throws std::runtime_error (c10::Error is one) for what is no bundle of this format, version, PyTorch and device.
+  // Throws for what is no bundle of this format, version, PyTorch and device: std::runtime_error, or c10::Error from
+  // PyTorch itself. Packages are unpacked to TMPDIR.
   explicit Runner(const std::filesystem::path& folder);
 
   // ids [b, T] int64, pads [b] padding columns on the left of each, rows [b] of the cache -> logits [b, vocab] of the
-  // last column. More of a prompt goes behind what a row holds. Throws before anything is written.
+  // last column. More of a prompt goes behind what a row holds. std::runtime_error comes before anything is written; after
+  // an error of PyTorch's own, reset.
   at::Tensor prefill(at::Tensor ids, at::Tensor pads, const at::Tensor& rows);
 
   // ids [B, 1] int64, one token per row, active [B] bool -> logits [B, vocab]; an inactive row stays as it is.
@@ -50,6 +56,7 @@ class Runner {
 
   std::unique_ptr<Package> package(const std::filesystem::path& folder, const char* graph);
   at::Tensor run(Package& graph, std::vector<at::Tensor> inputs);
+  void check_rows(const at::Tensor& ids, const at::Tensor& pads, const at::Tensor& rows) const;
   void check_tokens(const at::Tensor& ids) const;
   void check_positions(const at::Tensor& seen) const;
 

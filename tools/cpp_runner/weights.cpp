@@ -1,32 +1,21 @@
 #include "weights.h"
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <cstring>
 #include <map>
 #include <string_view>
 
 #include "json.h"
+#include "mapped.h"
 #include "must.h"
 
 namespace zsmerge {
 namespace {
 
-std::string_view mapped(const std::filesystem::path& file) {
-  const size_t size = std::filesystem::file_size(file);
-  const int descriptor = open(file.c_str(), O_RDONLY);
-  void* start = descriptor < 0 ? MAP_FAILED : mmap(nullptr, size, PROT_READ, MAP_PRIVATE, descriptor, 0);
-  if (descriptor >= 0) close(descriptor);
-  if (start == MAP_FAILED) throw must(file.string(), "readable", std::strerror(errno));
-  return {static_cast<const char*>(start), size};
-}
-
 at::ScalarType dtype(const std::string& name) {
   static const std::map<std::string, at::ScalarType> known = {
       {"F64", at::kDouble}, {"F32", at::kFloat}, {"F16", at::kHalf}, {"BF16", at::kBFloat16},
-      {"I64", at::kLong},   {"I32", at::kInt},   {"U8", at::kByte},  {"BOOL", at::kBool}};
+      {"I64", at::kLong},   {"I32", at::kInt},   {"I16", at::kShort}, {"I8", at::kChar},
+      {"U8", at::kByte},    {"BOOL", at::kBool}};
   const auto found = known.find(name);
   if (found == known.end()) throw must("dtype in the safetensors header", "one that bundles use", name);
   return found->second;
@@ -54,8 +43,9 @@ std::unordered_map<std::string, at::Tensor> read_weights(const std::filesystem::
         throw must("shape of " + name, "one of sizes", shape.back());
     }
     const auto& place = entry["data_offsets"].array();
-    const int64_t begin = place.at(0).integer(), end = place.at(1).integer();
-    if (begin < 0 || end > static_cast<int64_t>(data.size()) || end - begin != size)
+    if (place.size() != 2) throw must("data_offsets of " + name, "two", place.size());
+    const int64_t begin = place[0].integer(), end = place[1].integer();
+    if (begin < 0 || end < begin || end > static_cast<int64_t>(data.size()) || end - begin != size)
       throw must("bytes of " + name, size, std::to_string(begin) + " to " + std::to_string(end));
     const auto type = at::TensorOptions(dtype(entry["dtype"].text()));
     tensors[name] = at::from_blob(const_cast<char*>(data.data() + begin), shape, type).to(device);

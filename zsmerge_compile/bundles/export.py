@@ -12,10 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 import zsmerge_compile
+from zsmerge_compile import tensor_file
 from zsmerge_compile.bundles import graphs as made
 from zsmerge_compile.bundles import manifest
 from zsmerge_compile.bundles.graphs import WEIGHTS
@@ -61,7 +61,7 @@ def export(
 def _write(compiled: CompiledModel, folder: Path, format: str, tokenizer: Any) -> None:
     program, kind = compiled.program, import_module(f"zsmerge_compile.bundles.{format}")
     graphs = made.graphs(program)
-    save_file({name: _own(tensor) for name, tensor in graphs.weights.items()}, folder / WEIGHTS)
+    tensor_file.write({name: _own(tensor) for name, tensor in graphs.weights.items()}, folder / WEIGHTS)
     programs = {}
     for name in ("prefill", "decode"):
         graph: made.Graph = getattr(graphs, name)

@@ -24,6 +24,7 @@ VERSION = 1
 INPUTS = {"prefill": PREFILL_INPUTS, "decode": DECODE_INPUTS}
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*")
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16, torch.int32)}
+_SEAL = ',\n "sha256": "{}"\n}}\n'
 _LARGEST = 64 * 2**20  # bytes of a manifest
 
 
@@ -39,7 +40,7 @@ class Manifest:
     programs   graph -> {"file", "inputs", "weights"}: names in the order of its arguments, the state between the two
     files      path -> {"bytes", "sha256"}
 
-    In the file a `sha256` of all this stands beside it.
+    In the file a last line has the `sha256` of the text before it (`sealed`).
     """
 
     format: str
@@ -53,9 +54,7 @@ class Manifest:
     version: int = VERSION
 
     def write(self, folder: Path) -> None:
-        fields = asdict(self)
-        whole = fields | {"sha256": seal(fields)}
-        (folder / NAME).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+        (folder / NAME).write_text(sealed(asdict(self)), encoding="utf-8")
 
     def interface(self, device: torch.device) -> Interface:
         """What the runtime must know. Raises BundleError."""
@@ -92,10 +91,11 @@ def read(folder: Path) -> Manifest:
     if path.stat().st_size > _LARGEST:
         raise _damaged("length", f"{path.stat().st_size} bytes")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        raw = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise _damaged("text", f"no JSON ({type(error).__name__})") from error
-    manifest = _checked(raw)
+    manifest = _checked(raw, text)
     for name, facts in manifest.files.items():
         _check_file(folder, name, facts)
     for graph, program in manifest.programs.items():
@@ -104,10 +104,15 @@ def read(folder: Path) -> Manifest:
     return manifest
 
 
-def seal(fields: dict[str, Any]) -> str:
-    """SHA-256 of a manifest's fields, its own `sha256` left out: against damage, not against ill will."""
-    told = {name: value for name, value in fields.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+def sealed(fields: dict[str, Any]) -> str:
+    """A manifest's text, whose last line has the SHA-256 of all before it: against damage, not against ill will."""
+    body = json.dumps({name: value for name, value in fields.items() if name != "sha256"}, indent=1)[:-2]
+    return body + _SEAL.format(hashlib.sha256(body.encode()).hexdigest())
+
+
+def _is_sealed(text: str) -> bool:
+    body, _, _ = text.rpartition(_SEAL.partition("{")[0])
+    return text == body + _SEAL.format(hashlib.sha256(body.encode()).hexdigest())
 
 
 def inside(folder: Path, name: object) -> Path:
@@ -133,7 +138,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return next(name for name, known in _DTYPES.items() if known is dtype)
 
 
-def _checked(raw: Any) -> Manifest:
+def _checked(raw: Any, text: str) -> Manifest:
     """The manifest's fields with their types. Raises BundleError."""
     if not isinstance(raw, dict) or "version" not in raw:
         raise _damaged("content", "something else")
@@ -154,7 +159,8 @@ def _checked(raw: Any) -> Manifest:
     fields = {*kinds, "chunk", "version", "sha256"}
     if set(raw) != fields:
         raise _damaged("fields", sorted(set(raw) ^ fields))
-    if raw.pop("sha256") != seal(raw):
+    del raw["sha256"]
+    if not _is_sealed(text):
         raise BundleError(must("manifest", "what was written (SHA-256)", "other content", "copy it again"))
     if set(raw["programs"]) != {"prefill", "decode"}:
         raise _damaged("programs", sorted(raw["programs"]))

@@ -1,7 +1,8 @@
 """`torch.compile(model, backend="zsmerge")`: Dynamo traces, our passes rewrite, the caller goes on calling the model.
 
     cache = zs.new_cache(model, config, batch_size)
-    fast = torch.compile(model, backend="zsmerge", options={"config": config, "cache": cache})
+    options = {"config": config, "cache": cache}
+    fast = torch.compile(model, backend="zsmerge", options=options, fullgraph=True)
     with torch.inference_mode():
         out = fast(input_ids, attention_mask=mask, position_ids=positions, use_cache=False)    # a prompt
         out = fast(token, position_ids=cache.seen_tokens[:, None], use_cache=False)            # a token per row

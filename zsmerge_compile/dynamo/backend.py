@@ -7,18 +7,22 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from zsmerge_compile.dynamo.cache import ModelCache
 from zsmerge_compile.dynamo.call import Call
-from zsmerge_compile.dynamo.handed import check_outputs, hand_over
+from zsmerge_compile.dynamo.handed import Handed, check_outputs, hand_over
 from zsmerge_compile.errors import ConfigError, must
 from zsmerge_compile.lower.inductor import lower_graph
 from zsmerge_compile.passes import pipeline
 from zsmerge_compile.runtime.runner import Runner
 
 LOWER = ("inductor", "eager")
-HINT = 'cache = zs.new_cache(model, config, batch_size), then options={"config": config, "cache": cache}'
+HINT = (
+    "cache = zs.new_cache(model, config, batch_size), then "
+    'torch.compile(model, backend="zsmerge", options={"config": config, "cache": cache}, fullgraph=True)'
+)
 
 
 def zsmerge(
@@ -32,11 +36,17 @@ def zsmerge(
     UnsupportedGraphError or UnsupportedMaskError, which reach the caller inside torch._dynamo's BackendCompilerFailed.
     """
     cache, lower = _checked(options, mode)
+    if not InstructionTranslator.current_tx().one_graph:
+        # past its recompile limit Dynamo would run the original model, without the cache and without a word
+        raise ConfigError(must('fullgraph with backend="zsmerge"', "True", "False", HINT))
     with torch._guards.tracing(None):  # what is traced here is not part of what Dynamo traces
-        return _compiled(gm, example_inputs, cache, lower)
+        runner, graph = _compiled(gm, example_inputs, cache, lower)
+    return Call(runner, graph, options or {})
 
 
-def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], cache: ModelCache, lower: str) -> Call:
+def _compiled(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], cache: ModelCache, lower: str
+) -> tuple[Runner, Handed]:
     graph = hand_over(gm, example_inputs, cache.program)
     check_outputs(graph.module, cache.program)
     name = "decode" if graph.length == 1 else "prefill"
@@ -50,8 +60,18 @@ def _compiled(gm: fx.GraphModule, example_inputs: Sequence[Any], cache: ModelCac
     )
     with torch.no_grad():
         run = lower_graph(program, name).run if lower == "inductor" else graph.module
-    runner = Runner(cache.interface, run, run, chunk=None, cache=cache)
-    return Call(runner, graph)
+    if name == "decode":
+        run = _on_a_copy_of_seen(run)
+    return Runner(cache.interface, run, run, chunk=None, cache=cache), graph
+
+
+def _on_a_copy_of_seen(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The decode graph, whose outputs may be views of the positions that it takes from `seen`, which moves on."""
+
+    def decode(ids: Tensor, seen: Tensor, *rest: Tensor) -> Any:
+        return run(ids, seen.clone(), *rest)
+
+    return decode
 
 
 def _checked(options: Mapping[str, Any] | None, mode: object) -> tuple[ModelCache, str]:

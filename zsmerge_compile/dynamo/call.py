@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from zsmerge_compile.runtime.runner import Runner
 class Call:
     """Dynamo's arguments -> the graph's outputs, the cache written. Raises InputError or CacheStateError."""
 
-    def __init__(self, runner: Runner, graph: Handed) -> None:
+    def __init__(self, runner: Runner, graph: Handed, options: Mapping[str, Any]) -> None:
+        self._options = options  # the caller's own, by which Dynamo tells compiled functions apart
         self._runner, self._places, self._single = runner, graph.places, graph.single
         self._weights, self._floats = tuple(graph.weights.items()), tuple(graph.floats.items())
         self._token = graph.length == 1
@@ -25,6 +27,9 @@ class Call:
         if not same or any(arguments[number].item() != given for number, given in self._floats):
             what, got = "weights and constants of the model", "others (assigned anew since)"
             raise InputError(must(what, "those that were compiled", got, "torch._dynamo.reset()"))
+        if self._options.get("cache") is not self._runner.cache:
+            hint = "give every torch.compile a dict of its own, and call torch._dynamo.reset()"
+            raise InputError(must('options["cache"]', "the cache that was compiled for", "another", hint))
         if torch.is_grad_enabled():
             hint = "with torch.inference_mode(): or torch.no_grad()"
             raise InputError(must("gradient mode", "off, as the cache has no gradients", "on", hint))
@@ -45,8 +50,10 @@ class Call:
         return arguments[self._places[role]] if role in self._places else None
 
     def _check_positions(self, positions: Tensor, mask: Tensor | None) -> None:
-        """Positions are the cache's to know; the caller's are looked at on the CPU only, as that would synchronise."""
-        if positions.device.type != "cpu":
+        """The cache knows the positions; the caller's must be the same. A token's are looked at on the CPU only, as
+        elsewhere the step would wait for the device.
+        """
+        if self._token and positions.device.type != "cpu":
             return
         real = torch.ones_like(positions, dtype=torch.bool) if mask is None else mask != 0
         expected = self._runner.cache.seen_tokens[:, None] + real.cumsum(-1) - 1

@@ -26,11 +26,12 @@ from torch import Tensor, fx, nn
 
 from zsmerge_compile.capture import INPUTS, example, trace
 from zsmerge_compile.errors import UnsupportedGraphError, must
-from zsmerge_compile.passes.graph import PassContext, aten_name, attention_sites, value
+from zsmerge_compile.ops.contracts import ATTENTION
+from zsmerge_compile.passes.graph import PassContext, aten_name, attention_sites, same_size, value
 from zsmerge_compile.passes.normalize_attention import normalize_attention
 from zsmerge_compile.program import Program
 
-WHOLE = "compile the whole model, from token ids on, with fullgraph=True, which says where Dynamo breaks it"
+WHOLE = "compile the whole model, from token ids on, without output_attentions"
 LENGTH = 11  # columns of the example where the length varies
 NO_CACHE = "pass use_cache=False and no past_key_values: the cache is the one in options"
 POSITIONS = "pass position_ids [B, T], counted from 0 in each row (for a token cache.seen_tokens[:, None])"
@@ -70,7 +71,7 @@ def hand_over(gm: fx.GraphModule, inputs: Sequence[Any], program: Program) -> Ha
         if not any(number in known for known in (weights, columns, sizes, floats)):
             _refuse_input(node, inputs[number])
     _check_shapes(columns, inputs, program)
-    length = _fixed_length(columns)
+    length = _fixed_length(columns, program.batch_size)
     behind = _Behind(gm, weights, floats, _axes(sizes, columns), list(columns))
     given = example(program.batch_size, length or LENGTH, program.device)[: len(columns)]
     module = trace(
@@ -78,6 +79,7 @@ def hand_over(gm: fx.GraphModule, inputs: Sequence[Any], program: Program) -> Ha
     )
     roles = _roles(module, [_source(node) for node in columns.values()], program)
     places = dict(zip(roles, columns, strict=True))
+    _check_columns(module, program)
     single = isinstance(module.graph.output_node().args[0], fx.Node)
     return Handed(_named(module, roles), places, weights, floats, length, single)
 
@@ -146,11 +148,12 @@ def _source(node: fx.Node) -> str:
 
 
 def _check_weights(weights: Iterable[Tensor], program: Program) -> None:
-    floating = [tensor for tensor in weights if tensor.is_floating_point() and isinstance(tensor, nn.Parameter)]
-    wrong = next((t for t in floating if (t.dtype, t.device) != (program.dtype, program.device)), None)
-    if wrong is not None:
-        expected = f"{program.dtype} on {program.device}, as when the cache was made"
-        raise UnsupportedGraphError(must("weights", expected, f"{wrong.dtype} on {wrong.device}", "make a new cache"))
+    """Raise UnsupportedGraphError for another model than the cache's: what it has read means nothing to another."""
+    known = {id(tensor) for tensor in (*program.prefill.parameters(), *program.decode.parameters())}
+    if not any(id(tensor) in known for tensor in weights):
+        got = "none of them (another model, a copy, or a part without weights)"
+        hint = f"make a cache for this model; {WHOLE}"
+        raise UnsupportedGraphError(must("weights of the graph", "those of the cache's model", got, hint))
 
 
 def _refuse_input(node: fx.Node, given: Any) -> None:
@@ -159,7 +162,11 @@ def _refuse_input(node: fx.Node, given: Any) -> None:
         raise UnsupportedGraphError(must(what, "token ids, a mask or positions", "keys, values or a 4D mask", NO_CACHE))
     got = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
     expected = "token ids, a mask or positions, each [B, T] of whole numbers, or a weight"
-    raise UnsupportedGraphError(must(what, expected, got, WHOLE))
+    whole = isinstance(given, Tensor) and not given.is_floating_point()
+    hint = "pass it as an argument [B, T]" if whole else WHOLE
+    if isinstance(given, Tensor) and given.is_floating_point() and given.dim() == 2:
+        hint = "a mask as mask.long()"
+    raise UnsupportedGraphError(must(what, expected, got, hint))
 
 
 def _check_shapes(columns: dict[int, fx.Node], inputs: Sequence[Any], program: Program) -> None:
@@ -176,12 +183,17 @@ def _check_shapes(columns: dict[int, fx.Node], inputs: Sequence[Any], program: P
             what = f"input {_source(node)} of the graph"
             raise UnsupportedGraphError(must(what, f"of shape {first} like the others", shape, hint))
     if first[0] != program.batch_size:
-        raise UnsupportedGraphError(must("rows of the graph", f"{program.batch_size}, as in the cache", first[0]))
+        hint = "make a cache for as many: zs.new_cache(model, config, batch_size)"
+        raise UnsupportedGraphError(must("rows of the graph", f"{program.batch_size}, as in the cache", first[0], hint))
 
 
-def _fixed_length(columns: dict[int, fx.Node]) -> int | None:
-    """Columns per row where Dynamo fixed them, None where they vary."""
-    lengths = [node.meta["example_value"].shape[1] for node in columns.values()]
+def _fixed_length(columns: dict[int, fx.Node], batch_size: int) -> int | None:
+    """Columns per row where Dynamo fixed them, None where they vary.
+
+    Where it took rows and columns for one size, as the first prompt had as many, they are as many as the rows.
+    """
+    shapes = [node.meta["example_value"].shape for node in columns.values()]
+    lengths = [batch_size if str(rows) == str(length) else length for rows, length in shapes]
     return next((length for length in lengths if isinstance(length, int)), None)
 
 
@@ -192,10 +204,10 @@ def _axes(sizes: dict[int, fx.Node], columns: dict[int, fx.Node]) -> dict[int, i
     found = {}
     for number, node in sizes.items():
         name = str(node.meta.get("example_value"))
-        if name not in known:
+        if node.users and name not in known:
             what, expected = f"input {_source(node)} of the graph", "token ids, a mask, positions or a weight"
             raise UnsupportedGraphError(must(what, expected, "a number", "pass the same number in every call"))
-        found[number] = known[name]
+        found[number] = known.get(name, 0)  # where nothing uses it (a stride, say), any will do
     return found
 
 
@@ -203,32 +215,40 @@ def _roles(module: fx.GraphModule, sources: list[str], program: Program) -> list
     """What each placeholder is: by the caller's name for it, else by its use. Raises UnsupportedGraphError."""
     probe = _canonical(module, program)
     sites = [site for _, site in attention_sites(probe)]
-    own = _above(node for site in sites for node in site.args[:3])
-    masks = _above(node for site in sites for node in site.args[3:4])
+    uses = {
+        "input_ids": _above(node.args[1] for node in probe.graph.nodes if _is_tokens(node, program)),
+        "position_ids": _above(node for site in sites for node in site.args[:3]),
+        "attention_mask": _above(site.args[3] for site in sites),
+    }
     roles = []
     for node, source in zip(probe.graph.find_nodes(op="placeholder"), sources, strict=True):
         role = next((name for name in INPUTS if f"'{name}'" in source), None)
         if role is None:
-            tokens = any(_is_tokens(user, program) for user in node.users)
-            role = (
-                "input_ids"
-                if tokens
-                else "position_ids"
-                if node in own
-                else "attention_mask"
-                if node in masks
-                else None
-            )
+            role = next((name for name, users in uses.items() if node in users), None)
         if role is None or role in roles:
             got = "one that attention does not use" if role is None else f"a second {role}"
-            raise UnsupportedGraphError(must(f"input {source} of the graph", f"one of {', '.join(INPUTS)}", got))
+            expected = f"one of {', '.join(INPUTS)}"
+            raise UnsupportedGraphError(
+                must(f"input {source} of the graph", expected, got, "name it as the model does")
+            )
         roles.append(role)
     if "input_ids" not in roles:
         raise UnsupportedGraphError(must("inputs of the graph", "with token ids", ", ".join(sources)))
-    if "position_ids" not in roles and any(site.slopes is None for site in program.sites):
+    if "position_ids" not in roles:
         got = "positions that the model counts itself, from 0 in every call"
         raise UnsupportedGraphError(must("position_ids", "an input of the graph", got, POSITIONS))
     return roles
+
+
+def _check_columns(module: fx.GraphModule, program: Program) -> None:
+    """Raise UnsupportedGraphError unless every attention is over the rows and columns of the graph's inputs."""
+    batch, length = value(module.graph.find_nodes(op="placeholder")[0]).shape
+    for layer, site in attention_sites(_canonical(module, program)):
+        query = value(site.args[0]).shape  # type: ignore[arg-type]
+        if not (same_size(query[0], batch) and same_size(query[2], length)):
+            what, expected = f"tokens that attend in layer {layer}", f"the inputs' [{batch}, {length}]"
+            hint = "cut, join and repeat them before the call that is compiled"
+            raise UnsupportedGraphError(must(what, expected, f"[{query[0]}, {query[2]}]", hint))
 
 
 def check_outputs(module: fx.GraphModule, program: Program) -> None:
@@ -240,7 +260,12 @@ def check_outputs(module: fx.GraphModule, program: Program) -> None:
             if value(node).dtype != program.dtype:  # type: ignore[arg-type]
                 got = f"{value(node).dtype}"  # type: ignore[arg-type]
                 raise UnsupportedGraphError(
-                    must(f"{what} of layer {layer}", f"{program.dtype} as the cache", got, "call it without autocast")
+                    must(
+                        f"{what} of layer {layer}",
+                        f"{program.dtype} as the cache",
+                        got,
+                        "call it without autocast; for a changed model make a new cache",
+                    )
                 )
             if any(same.name in left for same in _same(node)):
                 raise UnsupportedGraphError(
@@ -259,14 +284,14 @@ def _canonical(module: fx.GraphModule, program: Program) -> fx.GraphModule:
 
 
 def _above(nodes: Iterable[Any]) -> set[fx.Node]:
-    """All that the nodes are computed from."""
+    """All that the nodes are computed from, without what reaches them through attention."""
     found: set[fx.Node] = set()
     left = [node for node in nodes if isinstance(node, fx.Node)]
     while left:
         node = left.pop()
         if node not in found:
             found.add(node)
-            left += node.all_input_nodes
+            left += [] if node.target is ATTENTION else node.all_input_nodes
     return found
 
 
@@ -277,9 +302,9 @@ def _same(node: Any) -> Iterable[fx.Node]:
         node = node.args[0] if aten_name(node) in _LAYOUT else None
 
 
-def _is_tokens(user: fx.Node, program: Program) -> bool:
+def _is_tokens(node: fx.Node, program: Program) -> bool:
     """Whether a node looks tokens up in a table of the vocabulary."""
-    return aten_name(user) == "embedding" and value(user.args[0]).shape[0] == program.spec.vocab_size  # type: ignore[arg-type]
+    return aten_name(node) == "embedding" and value(node.args[0]).shape[0] == program.spec.vocab_size  # type: ignore[arg-type]
 
 
 def _named(module: fx.GraphModule, roles: list[str]) -> fx.GraphModule:
