@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from zsmerge_compile.ops.scores import POOLINGS, SCORINGS
 from zsmerge_compile.ops.state import LayerLayout, Rule, State, allocate
 
 
@@ -79,3 +81,14 @@ def cases(
         alibi_bf16=draw(st.booleans()),
     )
     return Case(layout, rule, draw(st.integers(1, 3)), draw(SEEDS))
+
+
+def with_any_scores(case: Case) -> st.SearchStrategy[Case]:
+    """The case with what any policy takes for a score."""
+    return st.builds(
+        lambda **scores: case._replace(rule=replace(case.rule, **scores)),
+        scoring=st.sampled_from(SCORINGS),
+        observed=st.integers(1, 8),
+        kernel=st.sampled_from([1, 3, 5]),
+        pooling=st.sampled_from(POOLINGS),
+    )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from zsmerge_compile.bundles.load import load as load
     from zsmerge_compile.config import ZSMergeConfig as ZSMergeConfig
     from zsmerge_compile.errors import ZSMergeError as ZSMergeError
+    from zsmerge_compile.policies import policy as policy
     from zsmerge_compile.runtime.model import CompiledModel as CompiledModel
 
 __version__ = "0.1.0"
@@ -31,9 +32,20 @@ _HOME = {
     "load": "zsmerge_compile.bundles.load",
     "ZSMergeConfig": "zsmerge_compile.config",
     "ZSMergeError": "zsmerge_compile.errors",
+    "policy": "zsmerge_compile.policies",
     "CompiledModel": "zsmerge_compile.runtime.model",
 }
-__all__ = ["CompiledModel", "ZSMergeConfig", "ZSMergeError", "compile", "export", "load", "new_cache", "testing"]
+__all__ = [
+    "CompiledModel",
+    "ZSMergeConfig",
+    "ZSMergeError",
+    "compile",
+    "export",
+    "load",
+    "new_cache",
+    "policy",
+    "testing",
+]
 
 
 def __getattr__(name: str) -> Any:

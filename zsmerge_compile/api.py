@@ -13,8 +13,9 @@ from zsmerge_compile.dynamo.cache import ModelCache
 from zsmerge_compile.errors import ConfigError, InputError, MissingBackendError, must
 from zsmerge_compile.lower.lowered import Lowered
 from zsmerge_compile.models.registry import spec_for
+from zsmerge_compile.ops.policy import CachePolicy
 from zsmerge_compile.passes import pipeline
-from zsmerge_compile.policy import ZSMergePolicy
+from zsmerge_compile.policies import policy_of
 from zsmerge_compile.program import Program
 from zsmerge_compile.runtime.model import CompiledModel
 from zsmerge_compile.runtime.report import Report
@@ -24,7 +25,7 @@ BACKENDS = ("eager", "inductor", "tensorrt")
 
 def compile(
     model: nn.Module,
-    config: ZSMergeConfig,
+    config: ZSMergeConfig | CachePolicy,
     batch_size: int = 1,
     backend: str = "inductor",
     *,
@@ -35,6 +36,7 @@ def compile(
 
     model       LLaMA, Mistral or Falcon from transformers, or any class with a registered spec; in eval mode. It is
                 neither copied nor changed: the result runs on its parameters.
+    config      a `ZSMergeConfig`, or any policy from `zsmerge_compile.policy(name, ...)`
     batch_size  rows of the cache; each has its own length and can be reset and refilled alone
     backend     "inductor" (compiled), "eager" (the reference, node by node) or "tensorrt" (not built yet)
     check_nan   look for NaN in all logits (costs a synchronisation per call on a GPU)
@@ -62,12 +64,10 @@ def compile(
         kernels=lowered.kernels,
         parts=lowered.parts,
     )
-    return CompiledModel(
-        model, program, lowered, report, config.chunk if config.prefill == "chunked" else None, check_nan
-    )
+    return CompiledModel(model, program, lowered, report, program.policy.chunk, check_nan)
 
 
-def new_cache(model: nn.Module, config: ZSMergeConfig, batch_size: int = 1) -> ModelCache:
+def new_cache(model: nn.Module, config: ZSMergeConfig | CachePolicy, batch_size: int = 1) -> ModelCache:
     """An empty cache for `torch.compile(model, backend="zsmerge", options=options, fullgraph=True)`, with options =
     {"config": config, "cache": cache}.
 
@@ -79,17 +79,17 @@ def new_cache(model: nn.Module, config: ZSMergeConfig, batch_size: int = 1) -> M
     cuts the prompt there.
     """
     _check_model(model, config, batch_size)
-    if config.prefill == "chunked":
+    if policy_of(config).chunk is not None:
         hint = "call the model with one piece of the prompt after the other instead"
         raise ConfigError(must("config.prefill", '"full" with torch.compile', '"chunked"', hint))
     return ModelCache(_program(model, config, batch_size))
 
 
-def _program(model: nn.Module, config: ZSMergeConfig, batch_size: int) -> Program:
+def _program(model: nn.Module, config: ZSMergeConfig | CachePolicy, batch_size: int) -> Program:
     spec = spec_for(model)
-    config.layer_budgets(spec.num_layers)
+    policy = policy_of(config)
+    policy.budgets(spec.num_layers)  # what is wrong with them is told before the trace
     captured = capture(model, spec, batch_size)
-    policy = ZSMergePolicy(config)
     rewritten = pipeline.run(captured.prefill, captured.decode, spec, policy)
     parameter = next(model.parameters())
     return Program(
@@ -105,8 +105,9 @@ def _program(model: nn.Module, config: ZSMergeConfig, batch_size: int) -> Progra
 def _check_model(model: object, config: object, batch_size: object) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(must("model", "a torch.nn.Module", type(model).__name__))
-    if not isinstance(config, ZSMergeConfig):
-        raise ConfigError(must("config", "a ZSMergeConfig", type(config).__name__, "zs.ZSMergeConfig(budget=1024)"))
+    if not isinstance(config, ZSMergeConfig | CachePolicy):
+        hint = 'zs.ZSMergeConfig(budget=1024), or zs.policy("h2o", budget=1024)'
+        raise ConfigError(must("config", "a ZSMergeConfig or a policy", type(config).__name__, hint))
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise ConfigError(must("batch_size", "an integer of at least 1", repr(batch_size)))
 

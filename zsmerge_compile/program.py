@@ -80,12 +80,13 @@ class Program:
 
     def interface(self) -> Interface:
         """What a runtime must know."""
+        limits = [limit for limit in (self.spec.max_positions, self.policy.max_tokens) if limit is not None]
         return Interface(
             batch_size=self.batch_size,
             dtype=self.dtype,
             device=self.device,
             vocab_size=self.spec.vocab_size,
-            max_positions=self.spec.max_positions,
+            max_positions=min(limits, default=None),
             policy=self.policy.name,
             parts=tuple(layout.parts() for layout in self.layouts),
             state=tuple(self._specs(layout) for layout in self.layouts),

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.states import assert_same_states
-from tests.strategies import Case, cases, tokens
+from tests.strategies import Case, cases, tokens, with_any_scores
 from zsmerge_compile.ops import reference, scan
 from zsmerge_compile.testing.tolerance import OP_FP32
 
@@ -28,7 +28,11 @@ def unrolled(step: Any, start: Any, sliced: Any) -> tuple[Any, torch.Tensor]:
 
 
 @settings(max_examples=100, deadline=None)
-@given(case=cases(), lengths=st.lists(st.integers(1, 150), min_size=1, max_size=3), data=st.data())
+@given(
+    case=cases().flatmap(with_any_scores),
+    lengths=st.lists(st.integers(1, 150), min_size=1, max_size=3),
+    data=st.data(),
+)
 def test_extend(case: Case, lengths: list[int], data: st.DataObject) -> None:
     """Prompts one after the other, each from the same state, rows that are all padding among them."""
     generator, state = case.generator(), case.empty()

@@ -17,7 +17,7 @@ from zsmerge_compile.passes.classify_mask import classify_masks
 from zsmerge_compile.passes.graph import PassContext, module_path
 from zsmerge_compile.passes.insert_cache import insert_cache
 from zsmerge_compile.passes.pipeline import CANONICALISE, find_sites
-from zsmerge_compile.policy import ZSMergePolicy
+from zsmerge_compile.policies.zsmerge import ZSMergePolicy
 
 SPELLINGS = [
     ("llama-gqa", "sdpa"),

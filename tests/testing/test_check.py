@@ -21,7 +21,7 @@ from zsmerge_compile.errors import InputError, MissingBackendError, UnsupportedM
 from zsmerge_compile.lower import eager
 from zsmerge_compile.lower.lowered import Lowered
 from zsmerge_compile.ops import fold, reference
-from zsmerge_compile.policy import ZSMergePolicy
+from zsmerge_compile.policies.zsmerge import ZSMergePolicy
 from zsmerge_compile.testing import EquivalenceError, check, check_equivalence
 from zsmerge_compile.testing.cases import FULL, SMALL, Case, Sizes, cases
 from zsmerge_compile.testing.tolerance import LOGITS_FP32

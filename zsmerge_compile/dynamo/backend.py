@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, fx
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
+from zsmerge_compile.config import ZSMergeConfig
 from zsmerge_compile.dynamo.cache import ModelCache
 from zsmerge_compile.dynamo.call import Call
 from zsmerge_compile.dynamo.handed import Handed, check_outputs, hand_over
 from zsmerge_compile.errors import ConfigError, must
 from zsmerge_compile.lower.inductor import lower_graph
+from zsmerge_compile.ops.policy import CachePolicy
 from zsmerge_compile.passes import pipeline
+from zsmerge_compile.policies import policy_of
 from zsmerge_compile.runtime.runner import Runner
 
 LOWER = ("inductor", "eager")
@@ -74,6 +77,10 @@ def _on_a_copy_of_seen(run: Callable[..., Any]) -> Callable[..., Any]:
     return decode
 
 
+def _told(policy: CachePolicy) -> tuple[str, dict[str, Any]]:
+    return policy.name, policy.describe()
+
+
 def _checked(options: Mapping[str, Any] | None, mode: object) -> tuple[ModelCache, str]:
     if mode is not None:
         raise ConfigError(must('mode with backend="zsmerge"', "left out", repr(mode)))
@@ -81,7 +88,9 @@ def _checked(options: Mapping[str, Any] | None, mode: object) -> tuple[ModelCach
     cache, config, lower = given.pop("cache", None), given.pop("config", None), given.pop("lower", LOWER[0])
     if not isinstance(cache, ModelCache):
         raise ConfigError(must('options["cache"]', "a cache from zs.new_cache", type(cache).__name__, HINT))
-    if getattr(config, "describe", dict)() != cache.program.policy.describe():
+    known = cache.program.policy
+    same = isinstance(config, ZSMergeConfig | CachePolicy) and _told(policy_of(config)) == _told(known)
+    if not same:
         raise ConfigError(must('options["config"]', "the config that the cache was made with", repr(config), HINT))
     if lower not in LOWER:
         raise ConfigError(must('options["lower"]', f"one of {', '.join(LOWER)}", repr(lower)))

@@ -22,7 +22,7 @@ from zsmerge_compile.ops.state import Rule, State
 _STATE = ", ".join(f"Tensor({'abcdefghi'[i]}!) {name}" for i, name in enumerate(State._fields))
 _RULE = (
     "Tensor? slopes, int proximity, int context, int? window, float alpha, float decay, float scale, "
-    "float alibi_divisor, bool alibi_bf16"
+    "float alibi_divisor, bool alibi_bf16, str scoring, int observed, int kernel, str pooling"
 )
 
 _library = torch.library.Library("zsmerge", "DEF")
@@ -50,10 +50,15 @@ def rule_of(
     scale: float,
     alibi_divisor: float,
     alibi_bf16: bool,
+    scoring: str,
+    observed: int,
+    kernel: int,
+    pooling: str,
     merge: str = "segment",
 ) -> Rule:
     """The Rule that a cache op's trailing arguments spell."""
-    return Rule(proximity, context, alpha, decay, scale, window, merge, slopes, alibi_divisor, alibi_bf16)
+    scores = (scoring, observed, kernel, pooling)
+    return Rule(proximity, context, alpha, decay, scale, window, merge, slopes, alibi_divisor, alibi_bf16, *scores)
 
 
 @torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
@@ -67,7 +72,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, i
 @torch.library.impl(_library, "decode", "CompositeExplicitAutograd")
 def _decode(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     state, (seen, active), rule = State(*rest[:9]), rest[9:11], rule_of(*rest[11:])
-    out, new = reference.extend(state, query, key, value, seen, (~active).long(), rule)
+    out, new = reference.extend(state, query, key, value, seen, (~active).long(), rule, decoded=True)
     for buffer, content in zip(state, new, strict=True):
         buffer.copy_(content)
     return out

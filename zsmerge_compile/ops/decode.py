@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zsmerge_compile.ops import scores
 from zsmerge_compile.ops.state import Rule, State, alibi_bias
 
 NEVER = torch.iinfo(torch.int32).max
@@ -77,7 +78,7 @@ def step(
 
     weight = torch.where(is_new, 1.0, state.weight)
     position = torch.where(is_new, at, state.position)
-    score = torch.where(is_new, mass, torch.where(weight > 0, state.score * rule.decay + mass, 0.0))
+    score = scores.after_step(mass, state.score, weight, position, is_new, rule)
     if rule.window is not None:
         weight = torch.where(at + 1 - position < rule.window, weight, 0.0)
         score = torch.where(weight > 0, score, 0.0)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class Site:
     alibi_bf16: bool = False
 
 
+@runtime_checkable
 class CachePolicy(Protocol):
     """A way to keep a cache within its budget."""
 
@@ -45,6 +46,15 @@ class CachePolicy(Protocol):
     decode_op: Any  # torch._ops.OpOverload
     extend_op: Any
     state_fields: tuple[str, ...]
+    scoring: str  # see `ops/scores.py`
+    max_tokens: int | None  # tokens a row may hold; None: as many as the model has positions
+
+    @property
+    def chunk(self) -> int | None:
+        """Columns of a chunk of a prompt; None: prompts go in whole."""
+
+    def budgets(self, num_layers: int) -> tuple[int, ...]:
+        """Slots per key/value head of each layer. Raises ConfigError."""
 
     def describe(self) -> dict[str, Any]:
         """Its parameters, as JSON can hold them."""

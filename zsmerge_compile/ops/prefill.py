@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zsmerge_compile.ops import reference
+from zsmerge_compile.ops import reference, scores
 from zsmerge_compile.ops.fold import InTurn, fold, in_turn
 from zsmerge_compile.ops.state import Rule, State
 
@@ -46,9 +46,8 @@ def extend(
     had = seen.index_select(0, rows)
     out, held, received = attend(mine, query, key, value, had, pads, rule, parts)
     columns = query.shape[2]
-    decayed = mine.score * torch.as_tensor(rule.decay) ** (columns - pads)[:, None, None]
-    scored = mine._replace(score=torch.where(mine.weight > 0, decayed + held, 0.0))
-    folded = fold(scored, key, value, received, had, pads, rule, parts.in_turn)
+    score, received = scores.after_prompt(mine, held, received, had, pads, rule)
+    folded = fold(mine._replace(score=score), key, value, received, had, pads, rule, parts.in_turn)
     touched = rows[pads < columns]  # a row that is all padding keeps its state
     for buffer, new in zip(state, folded, strict=True):
         buffer.index_copy_(0, touched, new[pads < columns])
@@ -66,10 +65,13 @@ def attend(
     parts: Parts,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.attend`: out [b, H, T, D], attention on slots [b, G, S] and on the new tokens [b, G, T]."""
-    if rule.slopes is not None or bool((seen > 0).any()):
-        return parts.blocks(state, query, key, value, seen, pads, rule, first=0, want_out=True)
     columns = query.shape[2]
-    first = max(0, columns - felt_queries(rule.decay, query.shape[1] // key.shape[1]))
+    first = max(0, columns - scored_queries(rule, query.shape[1] // key.shape[1]))
+    if rule.slopes is not None or bool((seen > 0).any()):
+        out, *mass = parts.blocks(state, query, key, value, seen, pads, rule, first=0, want_out=True)
+        if rule.scoring == "observed" and first > 0:  # a kernel counts all queries from `first` on
+            _, *mass = parts.blocks(state, query, key, value, seen, pads, rule, first=first, want_out=False)
+        return out, mass[0], mass[1]
     out, held, received = parts.blocks(
         state, query, key, value, seen, pads, rule, first=first, want_out=parts.late_out
     )
@@ -79,6 +81,13 @@ def attend(
             chosen = [t[members, :, pad:until] for t in (query, key, value)]
             out[members, :, pad:until] = causal_attention(chosen[0], chosen[1], chosen[2], rule)
     return out, held, received
+
+
+def scored_queries(rule: Rule, group: int) -> int:
+    """How many of the last queries decide a score."""
+    if rule.scoring == "received":
+        return felt_queries(rule.decay, group)
+    return rule.observed if rule.scoring == "observed" else 0
 
 
 def felt_queries(decay: float, group: int) -> int:
@@ -171,7 +180,7 @@ def blocks(
         )
         attention = torch.softmax(logits, -1)
         attention.masked_fill_((mine < pads[:, None])[:, None, None, :, None], 0.0)
-        discount = (torch.as_tensor(rule.decay) ** (n - 1 - mine)).repeat(repeats)
+        discount = scores.discount(rule, n - 1 - mine).repeat(repeats)
         rows = attention.view(b, groups, len(discount), -1)
         mass = discount @ rows  # [b, G, S + u]
         held += mass[..., :slots]

@@ -3,7 +3,8 @@
 Eager, fp32, plain tensors; reads as papers/ZSMerge eqs. 5-8 and Algorithm 1, generalised to n tokens:
 
 1. each new token attends to the cache as it was plus the new tokens up to itself (eq. 8);
-2. score = decay**n * score + sum_j decay**(n-j) * attention_j, summed over a group's query heads (eq. 5);
+2. score = decay**n * score + sum_j decay**(n-j) * attention_j, summed over a group's query heads (eq. 5),
+   or what another policy takes for it (`ops/scores.py`);
 3. the ring keeps the newest `proximity` tokens; those that left it join the context's candidates,
    of which the best `context` scores stay; the rest go to the residual in position order (eqs. 6, 7).
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zsmerge_compile.ops import scores
 from zsmerge_compile.ops.fold import fold
 from zsmerge_compile.ops.state import Rule, State, alibi_bias
 
@@ -24,20 +26,28 @@ BLOCK = 128  # query tokens handled at a time: no buffer above heads x BLOCK x (
 
 
 def extend(
-    state: State, query: Tensor, key: Tensor, value: Tensor, seen: Tensor, pads: Tensor, rule: Rule
+    state: State,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    pads: Tensor,
+    rule: Rule,
+    decoded: bool = False,
 ) -> tuple[Tensor, State]:
     """Attend with n new tokens, then fold them into the cache.
 
     query [b, H, n, D]; key, value [b, G, n, D]; seen [b] tokens already in the cache; pads [b] leading columns
     that are padding. Returns out [b, H, n, D] (zero at padding) and the new state. A row with pads == n keeps
-    its state.
+    its state. decoded: the tokens are no part of a prompt, which "observed" scores tell apart.
     """
     out, held, received = attend(state, query, key, value, seen, pads, rule)
-    new_count = query.shape[2] - pads
-    decayed = state.score * torch.as_tensor(rule.decay) ** new_count[:, None, None]
-    scored = state._replace(score=torch.where(state.weight > 0, decayed + held, 0.0))
-    folded = fold(scored, key, value, received, seen, pads, rule)
-    touched = new_count > 0
+    if decoded and rule.scoring == "observed":
+        score, received = state.score, torch.full_like(received, scores.DECODED)
+    else:
+        score, received = scores.after_prompt(state, held, received, seen, pads, rule)
+    folded = fold(state._replace(score=score), key, value, received, seen, pads, rule)
+    touched = pads < query.shape[2]
     kept = [
         torch.where(touched.view(-1, *([1] * (old.dim() - 1))), new, old)
         for old, new in zip(state, folded, strict=True)
@@ -85,7 +95,7 @@ def attend(
         attention = torch.where(real[:, None, None, start:stop, None], attention, 0.0)  # padding attends to nothing
         on_slots, on_new = attention.split([slot_key.shape[2], stop], -1)
         out[:, :, :, start:stop] = on_slots @ slot_value[:, :, None] + on_new @ new_value[:, :, None, :stop]
-        discount = torch.as_tensor(rule.decay) ** (n - 1 - column[start:stop])
+        discount = scores.discount(rule, n - 1 - column[start:stop])
         held += torch.einsum("bgrts,t->bgs", on_slots, discount)
         received[:, :, :stop] += torch.einsum("bgrts,t->bgs", on_new, discount)
     return out.view(b, heads, n, dim).to(query.dtype), held, received

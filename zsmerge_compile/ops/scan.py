@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops.scan import scan
 
-from zsmerge_compile.ops import contracts, fold, reference
+from zsmerge_compile.ops import contracts, fold, reference, scores
 from zsmerge_compile.ops.fold import Residual
 from zsmerge_compile.ops.state import Rule, State
 
@@ -41,18 +41,18 @@ def extend(
     # more padding on the left, up to whole blocks; two at least, as a trace for one block would be for one alone
     short = torch.sym_max(2, (columns + BLOCK - 1) // BLOCK) * BLOCK - columns
     query, key, value = (F.pad(t, (0, 0, short, 0)) for t in (query, key, value))
-    new_count = (columns - pads)[:, None, None]
+    touched = (pads < columns)[:, None, None]
     pads = pads + short
     out, held, received = attend(state, query, key, value, seen, pads, rule)
-    decayed = state.score * torch.full_like(state.score, rule.decay) ** new_count
-    scored = state._replace(score=torch.where(state.weight > 0, decayed + held, 0.0))
+    score, received = scores.after_prompt(state, held, received, seen, pads, rule)
+    scored = state._replace(score=score)
     singles = rule.proximity + 1 + rule.context
     keys, values = (torch.cat([had[:, :, :singles], new], 2) for had, new in ((state.key, key), (state.value, value)))
     ring, context, victims, after = fold.sort_out(scored, keys, values, received, seen, pads, rule)
     residual = absorb(fold.open_residual(scored, after, rule.window), victims, rule.merge)
     folded = fold.join(ring, context, residual, state.key.dtype)
     kept = [
-        torch.where((new_count > 0).view(-1, *([1] * (old.dim() - 1))), new, old)
+        torch.where(touched.view(-1, *([1] * (old.dim() - 1))), new, old)
         for old, new in zip(state, folded, strict=True)
     ]
     return out[:, :, short:], State(*kept)
@@ -89,7 +89,7 @@ def attend(
         )
         real = (mine >= pads[:, None])[:, None, None, :, None]  # a pad sees nothing: softmax gives NaN
         attention = torch.where(real, torch.softmax(logits, -1), 0.0)
-        discount = torch.full_like(mine, rule.decay, dtype=torch.float32) ** (column[-1] - mine)
+        discount = scores.discount(rule, column[-1] - mine)
         mass = (attention * discount[:, None]).sum((2, 3))
         rows = attention.flatten(2, 3).to(value.dtype)
         part = rows[..., :slots] @ state.value + rows[..., slots:] @ value

@@ -44,6 +44,10 @@ class Rule:
     slopes: Tensor | None = None  # [H] fp32: ALiBi slope of each query head
     alibi_divisor: float = 1.0
     alibi_bf16: bool = False
+    scoring: str = "received"  # what a score is (`ops/scores.py`)
+    observed: int = 0  # "observed": queries of a prompt, its last ones, whose attention counts
+    kernel: int = 1  # "observed": tokens, an odd number, over which it is pooled
+    pooling: str = "avg"  # "observed": or "max"
 
 
 @dataclass(frozen=True)

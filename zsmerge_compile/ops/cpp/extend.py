@@ -75,7 +75,7 @@ def blocks(
         first,
         rule.window,
         rule.scale,
-        rule.decay,
+        1.0 if rule.scoring == "observed" else rule.decay,
     )
     return out, mass[..., :slots], mass[..., slots:]
 

@@ -1,0 +1,110 @@
+"""Each policy as a list of tokens, written from its formula: one row, one key/value head, nothing of ops."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Token:
+    """One token that is kept; prompt: it came with a prompt."""
+
+    key: Tensor  # [D]
+    value: Tensor  # [D]
+    position: int
+    prompt: bool
+    score: float = 0.0
+
+
+@dataclass
+class Listed:
+    """A cache that keeps everything; subclasses say what leaves.
+
+    margin: how close any choice between scores was; 0 after a tie.
+    """
+
+    budget: int
+    scale: float
+    tokens: list[Token] = field(default_factory=list)
+    seen: int = 0
+    margin: float = math.inf
+
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, prompt: bool) -> Tensor:
+        """q [r, n, D], k and v [n, D] -> [r, n, D]: all attend, then some leave."""
+        old = len(self.tokens)
+        new = [Token(k[j].double(), v[j].double(), self.seen + j, prompt) for j in range(k.shape[0])]
+        self.tokens, self.seen = self.tokens + new, self.seen + len(new)
+        keys, values = (torch.stack([getattr(t, name) for t in self.tokens]) for name in ("key", "value"))
+        weights = torch.zeros(len(new), len(self.tokens), dtype=torch.float64)  # summed over r
+        outs = []
+        for j in range(len(new)):
+            end = old + j + 1
+            attention = torch.softmax(q[:, j].double() @ keys[:end].T * self.scale, -1)
+            weights[j, :end] = attention.sum(0)
+            outs.append(attention @ values[:end])
+        self.rate(weights, old, prompt)
+        if len(self.tokens) > self.budget:
+            self.tokens = self.kept()
+        return torch.stack(outs, 1)
+
+    def rate(self, weights: Tensor, old: int, prompt: bool) -> None:
+        """Set the scores, from the attention [n, tokens] that the new tokens paid to all."""
+
+    def kept(self) -> list[Token]:
+        return self.tokens
+
+    def best(self, tokens: list[Token], count: int) -> list[Token]:
+        """Those with the highest scores, in order of position; of equals the older goes."""
+        ranked = sorted(tokens, key=lambda t: (t.score, t.position), reverse=True)
+        if 0 < count < len(ranked):
+            self.margin = min(self.margin, abs(ranked[count - 1].score - ranked[count].score))
+        return sorted(ranked[:count], key=lambda t: t.position)
+
+
+@dataclass
+class H2O(Listed):
+    recent: int = 1
+
+    def rate(self, weights: Tensor, old: int, prompt: bool) -> None:
+        for token, added in zip(self.tokens, weights.sum(0).tolist(), strict=True):
+            token.score += added
+
+    def kept(self) -> list[Token]:
+        return self.best(self.tokens[: -self.recent], self.budget - self.recent) + self.tokens[-self.recent :]
+
+
+@dataclass
+class Streaming(Listed):
+    sinks: int = 0
+
+    def kept(self) -> list[Token]:
+        return self.tokens[: self.sinks] + self.tokens[len(self.tokens) - self.budget + self.sinks :]
+
+
+@dataclass
+class SnapKV(Listed):
+    window: int = 1
+    kernel: int = 1
+    pooling: str = "avg"
+
+    def rate(self, weights: Tensor, old: int, prompt: bool) -> None:
+        if not prompt:
+            self.tokens[-1].score = -1.0
+            return
+        looked_at = weights[-self.window :].sum(0).tolist()
+        n = len(self.tokens) - old
+        for number, token in enumerate(self.tokens):
+            column = number - old
+            if 0 <= column < n - self.window:
+                around = range(column - self.kernel // 2, column + self.kernel // 2 + 1)
+                found = [looked_at[old + c] if 0 <= c < n - self.window else 0.0 for c in around]
+                token.score = max(found) if self.pooling == "max" else sum(found) / self.kernel
+            else:
+                token.score = looked_at[number]
+
+    def kept(self) -> list[Token]:
+        return self.best(self.tokens[: -self.window], self.budget - self.window) + self.tokens[-self.window :]

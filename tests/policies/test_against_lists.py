@@ -1,0 +1,125 @@
+"""Every policy keeps the tokens, and gives the outputs, that its formula on lists keeps and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import zsmerge_compile as zs
+from tests.policies.lists import H2O, Listed, SnapKV, Streaming
+from zsmerge_compile.ops import contracts, decode, prefill, reference
+from zsmerge_compile.ops.cpp import build
+from zsmerge_compile.ops.cpp import decode as cpp_decode
+from zsmerge_compile.ops.cpp import extend as cpp_extend
+from zsmerge_compile.ops.policy import CachePolicy, Site
+from zsmerge_compile.ops.state import Rule, State
+
+DIM, SCALE, CLOSE = 4, 0.5, 1e-5
+PATHS = ("reference", "aten", "cpp")
+
+
+class Choice(NamedTuple):
+    """A policy, and the list that is the same."""
+
+    policy: CachePolicy
+    listed: Callable[[], Listed]
+
+
+@st.composite
+def choices(draw: st.DrawFn, name: str) -> Choice:
+    budget = draw(st.integers(3, 12))
+    if name == "h2o":
+        recent = draw(st.integers(1, budget))
+        return Choice(zs.policy(name, budget=budget, recent=recent), lambda: H2O(budget, SCALE, recent=recent))
+    if name == "streaming":
+        sinks = draw(st.integers(0, budget - 1))
+        return Choice(zs.policy(name, budget=budget, sinks=sinks), lambda: Streaming(budget, SCALE, sinks=sinks))
+    if name == "snapkv":
+        given = dict(window=draw(st.integers(1, budget)), kernel=draw(st.sampled_from([1, 3, 5])))
+        pooling = draw(st.sampled_from(["avg", "max"]))
+        return Choice(
+            zs.policy(name, budget=budget, pooling=pooling, **given),
+            lambda: SnapKV(budget, SCALE, pooling=pooling, **given),
+        )
+    return Choice(zs.policy("full", budget=100), lambda: Listed(100, SCALE))
+
+
+class Layer:
+    """One layer of a policy by one of the ways to compute it."""
+
+    def __init__(self, policy: CachePolicy, path: str, kv_heads: int, repeats: int, batch: int) -> None:
+        site = Site(0, "", "", kv_heads * repeats, kv_heads, DIM, SCALE)
+        (layout,) = policy.layouts([site])
+        self.rule: Rule = contracts.rule_of(*policy.extend_arguments(site, layout, None))
+        self.state = State(*policy.allocate(layout, batch, torch.float32, torch.device("cpu")))
+        self.path, self.seen = path, torch.zeros(batch, dtype=torch.int64)
+        if path == "cpp":
+            build.load()
+
+    def extend(self, q: Tensor, k: Tensor, v: Tensor, pads: Tensor) -> Tensor:
+        if self.path == "reference":
+            out, self.state = reference.extend(self.state, q, k, v, self.seen, pads, self.rule)
+        else:
+            parts = cpp_extend.PARTS if self.path == "cpp" else None
+            rows = torch.arange(len(pads))
+            out = prefill.extend(self.state, q, k, v, rows, self.seen, pads, self.rule, parts)
+        self.seen += q.shape[2] - pads
+        return out
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        active = torch.ones_like(self.seen, dtype=torch.bool)
+        if self.path == "reference":
+            out, self.state = reference.extend(self.state, q, k, v, self.seen, ~active * 1, self.rule, decoded=True)
+        else:
+            attend = cpp_decode.attend if self.path == "cpp" else decode.attend
+            out = decode.step(self.state, q, k, v, self.seen, active, self.rule, attend)
+        self.seen += 1
+        return out
+
+    def positions(self, row: int, head: int) -> list[int]:
+        held = self.state.position[row, head][self.state.weight[row, head] > 0]
+        return sorted(int(position) for position in held)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", ["full", "h2o", "streaming", "snapkv"])
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_same_tokens_and_outputs(name: str, path: str, data: st.DataObject) -> None:
+    """Prompts with padding, steps, prompts on what is held: every row and head as its own list."""
+    choice = data.draw(choices(name))
+    kv_heads, repeats, batch = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
+    layer = Layer(choice.policy, path, kv_heads, repeats, batch)
+    lists = [[choice.listed() for _ in range(kv_heads)] for _ in range(batch)]
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**16)))
+
+    def tokens(n: int) -> tuple[Tensor, Tensor, Tensor]:
+        heads = (kv_heads * repeats, kv_heads, kv_heads)
+        q, k, v = (torch.randn(batch, h, n, DIM, generator=generator) for h in heads)
+        return 3 * q, k, v
+
+    def check(out: Tensor, new: tuple[Tensor, Tensor, Tensor], pads: list[int], prompt: bool) -> None:
+        q, k, v = new
+        for row in range(batch):
+            for head in range(kv_heads):
+                mine = slice(head * repeats, (head + 1) * repeats)
+                pad, listed = pads[row], lists[row][head]
+                expected = listed.extend(q[row, mine, pad:], k[row, head, pad:], v[row, head, pad:], prompt)
+                assume(listed.margin > 1e-5)
+                torch.testing.assert_close(out[row, mine, pad:].double(), expected, atol=CLOSE, rtol=CLOSE)
+                assert layer.positions(row, head) == [token.position for token in listed.tokens]
+
+    for turn in range(data.draw(st.integers(1, 2))):
+        n = data.draw(st.integers(2, 20))
+        pads = [data.draw(st.integers(0, n - 1)) for _ in range(batch)]
+        new = tokens(n)
+        check(layer.extend(*new, torch.tensor(pads)), new, pads, prompt=True)
+        for _ in range(data.draw(st.integers(0, 8 if turn else 15))):
+            new = tokens(1)
+            check(layer.decode(*new), new, [0] * batch, prompt=False)

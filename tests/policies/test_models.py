@@ -1,0 +1,163 @@
+"""Policies in compiled models, bundles and torch.compile; their parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import zsmerge_compile as zs
+from tests.models_zoo import prompt, tiny
+from zsmerge_compile.policies import names
+
+GIVEN: dict[str, dict[str, Any]] = {
+    "full": {"budget": 60},
+    "h2o": {"budget": 12},
+    "pyramidkv": {"budget": 14, "window": 4, "beta": 4},
+    "snapkv": {"budget": 12, "window": 4},
+    "streaming": {"budget": 12, "sinks": 3},
+    "zeromerge": {"budget": 12},
+    "zsmerge": {"budget": 12},
+}
+
+
+def greedy(runner: Any, steps: int = 25) -> tuple[torch.Tensor, torch.Tensor]:
+    given = prompt(2, 25, pads=(0, 9))
+    runner.reset()
+    logits, tokens = runner.prefill(given["input_ids"], given["attention_mask"]), []
+    for _ in range(steps):
+        tokens.append(logits.argmax(-1, keepdim=True))
+        logits = runner.decode(tokens[-1])
+    return torch.cat(tokens, 1), logits
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    (tokens, logits), (expected, others) = greedy(ours), greedy(theirs)
+    assert torch.equal(tokens, expected)
+    torch.testing.assert_close(logits, others, rtol=1e-4, atol=1e-4)
+
+
+def test_every_policy_is_tried() -> None:
+    assert set(GIVEN) == set(names())
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("model", ["llama-gqa", "mistral-w8", "falcon-rw"])
+def test_rows_do_not_depend_on_padding_or_each_other(name: str, model: str) -> None:
+    pair = zs.compile(tiny(model), zs.policy(name, **GIVEN[name]), 2, backend="eager")
+    single = zs.compile(tiny(model), zs.policy(name, **GIVEN[name]), 1, backend="eager")
+    tokens, _ = greedy(pair)
+    ids = prompt(2, 25, pads=(0, 9))["input_ids"][1:, 9:]
+    logits = single.prefill(ids)
+    for step in range(25):
+        assert int(logits.argmax()) == int(tokens[1, step])
+        logits = single.decode(logits.argmax(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("model", ["llama-gqa", "falcon-7b"])
+def test_full_is_the_untouched_model_and_refuses_more(model: str) -> None:
+    theirs = tiny(model)
+    ours = zs.compile(theirs, zs.policy("full", budget=40), backend="eager")
+    ids = prompt(1, 20)["input_ids"]
+    logits = ours.prefill(ids)
+    for _ in range(20):
+        with torch.no_grad():
+            expected = theirs(ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        token = logits.argmax(-1, keepdim=True)
+        ids, logits = torch.cat([ids, token], 1), ours.decode(token)
+    with pytest.raises(zs.ZSMergeError, match="tokens seen must be at most 40"):
+        ours.decode(token)
+
+
+def test_h2o_and_plain_eviction_are_zsmerge_without_residual() -> None:
+    model = tiny("llama-gqa")
+    config = zs.ZSMergeConfig(12, 0.5, residual=0, decay=1.0)
+    theirs = zs.compile(model, config, 2, backend="eager")
+    assert_same(zs.compile(model, zs.policy("h2o", budget=12), 2, backend="eager"), theirs)
+    theirs = zs.compile(model, zs.ZSMergeConfig(12), 2, backend="eager")
+    assert_same(zs.compile(model, zs.policy("zeromerge", budget=12), 2, backend="eager"), theirs)
+
+
+@pytest.mark.parametrize("name, format", [("pyramidkv", "onnx"), ("streaming", "pt2")])
+def test_compiled_and_exported(name: str, format: str, tmp_path: Path) -> None:
+    model, policy = tiny("llama-gqa"), zs.policy(name, **GIVEN[name])
+    eager = zs.compile(model, policy, 2, backend="eager")
+    assert_same(zs.compile(model, policy, 2), eager)
+    assert_same(zs.load(zs.export(eager, tmp_path / name, format)), eager)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["pt2", "aoti", "onnx"])
+@pytest.mark.parametrize("name", sorted(set(names()) - {"zsmerge", "zeromerge"}))
+def test_every_format(name: str, format: str, tmp_path: Path) -> None:
+    eager = zs.compile(tiny("llama-gqa"), zs.policy(name, **GIVEN[name]), 2, backend="eager")
+    assert_same(zs.load(zs.export(eager, tmp_path / name, format)), eager)
+
+
+def test_under_torch_compile() -> None:
+    model, policy = tiny("llama-gqa"), zs.policy("snapkv", **GIVEN["snapkv"])
+    cache = zs.new_cache(model, policy, 1)
+    torch._dynamo.reset()
+    options = {"config": policy, "cache": cache, "lower": "eager"}
+    fast = torch.compile(model, backend="zsmerge", options=options, fullgraph=True)
+    theirs, given = zs.compile(model, policy, 1, backend="eager"), prompt(1, 25)
+    with torch.no_grad():
+        logits = fast(**given, use_cache=False).logits[:, -1]
+        torch.testing.assert_close(logits, theirs.prefill(given["input_ids"]), rtol=1e-4, atol=1e-4)
+        for _ in range(15):
+            token = logits.argmax(-1, keepdim=True)
+            logits = fast(token, position_ids=cache.seen_tokens[:, None].clone(), use_cache=False).logits[:, -1]
+            torch.testing.assert_close(logits, theirs.decode(token), rtol=1e-4, atol=1e-4)
+
+
+def test_budgets_per_layer() -> None:
+    model = tiny("llama-gqa")
+    for name, more in (("h2o", {}), ("streaming", {}), ("snapkv", {"window": 4}), ("zsmerge", {})):
+        made = zs.compile(model, zs.policy(name, budget=[8, 14], **more), backend="eager")
+        assert [layer.key.shape[2] for layer in made.cache.layers] == [9, 15]
+    pyramid = zs.policy("pyramidkv", budget=128, window=8, beta=20)
+    assert sum(pyramid.budgets(32)) / 32 == pytest.approx(128, rel=0.05)
+    # (128 - 8) // 20 = 6; 2 * 120 - 6 = 234; (234 - 6) // 31 = 7
+    assert pyramid.budgets(32)[:2] == (242, 235) and pyramid.budgets(32)[-1] == 234 - 31 * 7 + 8
+    capped = zs.policy("pyramidkv", budget=128, window=8, beta=20, length=200)
+    assert capped.budgets(2) == (200, 56)  # most = 200 - 8, least = 240 - 192
+    assert pyramid.budgets(1) == (128,)
+
+
+def test_saved_caches_name_their_policy(tmp_path: Path) -> None:
+    model = tiny("llama-gqa")
+    one, other = (
+        zs.compile(model, zs.policy(name, budget=12, **more), backend="eager")
+        for name, more in (("h2o", {"recent": 8}), ("streaming", {}))
+    )
+    one.cache.save(tmp_path / "cache")
+    with pytest.raises(zs.ZSMergeError, match="policy of the saved cache must be 'streaming', got 'h2o'"):
+        other.cache.load(tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "name, given, message",
+    [
+        ("lru", {}, "policy must be one of full, h2o, .* got 'lru'"),
+        ("h2o", {}, "parameters of h2o must be budget, recent, prefill, chunk, got missing .* 'budget'"),
+        ("h2o", {"budget": 12, "sinks": 4}, "parameters of h2o must be .* got an unexpected .* 'sinks'"),
+        ("h2o", {"budget": 2}, "budget must be an integer of at least 3"),
+        ("h2o", {"budget": 12, "recent": 13}, "proximity must be at most the budget"),
+        ("zsmerge", {"budget": 12, "size": 3}, "parameters of zsmerge must be budget, proximity, .* 'size'"),
+        ("streaming", {"budget": 12, "sinks": 12}, "sinks must be a count below the budget of 12, got 12"),
+        ("streaming", {"budget": 12, "sinks": 1.5}, "sinks must be a count below the budget of 12, got 1.5"),
+        ("snapkv", {"budget": 12, "window": 13}, "proximity must be at most the budget"),
+        ("snapkv", {"budget": 64, "window": 0.5}, "window must be a count of at least 1, got 0.5"),
+        ("snapkv", {"budget": 64, "kernel": 4}, "kernel must be odd"),
+        ("snapkv", {"budget": 64, "pooling": "sum"}, "pooling must be one of avg, max, got 'sum'"),
+        ("pyramidkv", {"budget": [64, 64]}, "budget of pyramidkv must be one count"),
+        ("pyramidkv", {"budget": 64, "beta": 0}, "beta must be a count of at least 1"),
+        ("pyramidkv", {"budget": 64, "length": 10}, "length must be a count of at least 64"),
+    ],
+)
+def test_parameters_are_checked(name: str, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(zs.ZSMergeError, match=message):
+        zs.policy(name, **given)

@@ -1,0 +1,51 @@
+"""Cache policies by name: which tokens a cache of fixed size keeps. One file each; README.md says how to add one.
+
+compiled = zs.compile(model, zs.policy("h2o", budget=1024))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from inspect import signature
+from typing import Any
+
+from zsmerge_compile.config import ZSMergeConfig
+from zsmerge_compile.errors import ConfigError, must
+from zsmerge_compile.ops.policy import CachePolicy
+
+# Name -> the file whose `make` builds it. ZeroMerge is an earlier name of ZSMerge.
+_FILES = {name: name for name in ("full", "h2o", "pyramidkv", "snapkv", "streaming", "zsmerge")} | {
+    "zeromerge": "zsmerge"
+}
+
+
+def names() -> tuple[str, ...]:
+    """The names that `policy` knows, sorted."""
+    return tuple(sorted(_FILES))
+
+
+def policy(name: str, **parameters: Any) -> CachePolicy:
+    """The policy of that name; `parameters` are those of its file's `make`. Raises ConfigError."""
+    if name not in _FILES:
+        raise ConfigError(must("policy", f"one of {', '.join(names())}", repr(name)))
+    make = import_module(f"zsmerge_compile.policies.{_FILES[name]}").make
+    try:
+        made: CachePolicy = make(**parameters)
+    except TypeError as error:  # one that it does not have, or that it needs
+        known = ", ".join(fields(make))
+        raise ConfigError(must(f"parameters of {name}", known, str(error).partition(" ")[2])) from None
+    return made
+
+
+def policy_of(config: ZSMergeConfig | CachePolicy) -> CachePolicy:
+    """The policy itself, or the one that a ZSMergeConfig stands for."""
+    if isinstance(config, ZSMergeConfig):
+        return import_module("zsmerge_compile.policies.zsmerge").ZSMergePolicy(config)
+    return config
+
+
+def fields(make: Callable[..., CachePolicy]) -> tuple[str, ...]:
+    """The parameters that a policy is made of."""
+    found = tuple(signature(make).parameters)
+    return found if found != ("parameters",) else tuple(signature(ZSMergeConfig).parameters)
