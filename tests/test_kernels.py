@@ -15,10 +15,11 @@ from zsmerge_compile.ops.contracts import ATTENTION, DECODE, EXTEND
 from zsmerge_compile.ops.state import LayerLayout
 
 
-def program(device: str, head_dim: int = 64, dtype: torch.dtype = torch.bfloat16) -> Any:
+def program(device: str, head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, scoring: str = "received") -> Any:
     """As much of a program as the choice looks at."""
     layouts = (LayerLayout(heads=8, kv_heads=2, head_dim=head_dim, proximity=8, context=7, residual=1),)
-    return SimpleNamespace(device=torch.device(device), dtype=dtype, layouts=layouts)
+    policy = SimpleNamespace(name="p", scoring=scoring)
+    return SimpleNamespace(device=torch.device(device), dtype=dtype, layouts=layouts, policy=policy)
 
 
 @pytest.fixture
@@ -44,6 +45,11 @@ def test_shapes_that_triton_does_not_serve_are_named() -> None:
     decode, extend = names(program("cuda", head_dim=4096))
     assert decode.startswith("ops.decode (aten nodes, compiled, not Triton: ") and "4096" in decode
     assert extend.startswith("zsmerge.extend.default (one opaque call, not Triton: ")
+
+
+@pytest.mark.usefixtures("ampere")
+def test_scores_that_triton_does_not_know_are_named() -> None:
+    assert all("not Triton: the scores of p" in name for name in names(program("cuda", scoring="age")))
 
 
 def test_aten_elsewhere_and_other_ops_as_they_are() -> None:

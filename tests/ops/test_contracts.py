@@ -15,8 +15,9 @@ from zsmerge_compile.ops.cpp import decode as cpp_decode
 from zsmerge_compile.ops.state import LayerLayout, State, allocate
 
 LAYOUT = LayerLayout(heads=4, kv_heads=2, head_dim=16, proximity=31, context=30, residual=3)
-RULE = (None, LAYOUT.proximity, LAYOUT.context, None, 0.6, 0.98, 0.25, 1.0, False)
-ALIBI = (torch.tensor([0.5, 0.25, 0.125, 0.0625]), *RULE[1:3], 128, *RULE[4:7], 4.0, True)
+SCORES = ("received", 0, 1, "avg")
+RULE = (None, LAYOUT.proximity, LAYOUT.context, None, 0.6, 0.98, 0.25, 1.0, False, *SCORES)
+ALIBI = (torch.tensor([0.5, 0.25, 0.125, 0.0625]), *RULE[1:3], 128, *RULE[4:7], 4.0, True, *SCORES)
 
 
 def arguments(n: int, rule: tuple[Any, ...], dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:

@@ -152,7 +152,7 @@ def test_refused_compile_arguments() -> None:
         zs.compile(model, zs.ZSMergeConfig(budget=[8, 8, 8]))
     with pytest.raises(ConfigError, match="batch_size must be an integer of at least 1, got 0"):
         zs.compile(model, config, batch_size=0)
-    with pytest.raises(ConfigError, match="config must be a ZSMergeConfig, got int"):
+    with pytest.raises(ConfigError, match="config must be a ZSMergeConfig or a policy, got int"):
         zs.compile(model, 8)  # type: ignore[arg-type]
     with pytest.raises(MissingBackendError, match="backend must be one of eager, inductor"):
         zs.compile(model, config, backend="cuda")

@@ -25,8 +25,9 @@ from zsmerge_compile.ops.triton import ops  # noqa: E402
 ROOT = Path(__file__).resolve().parents[3]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUT = LayerLayout(heads=4, kv_heads=2, head_dim=16, proximity=11, context=10, residual=3)
-RULE = (None, LAYOUT.proximity, LAYOUT.context, None, 0.6, 0.98, 0.25, 1.0, False)
-ALIBI = (torch.tensor([0.5, 0.25, 0.125, 0.0625], device=DEVICE), *RULE[1:3], 64, *RULE[4:7], 4.0, True)
+SCORES = ("received", 0, 1, "avg")
+RULE = (None, LAYOUT.proximity, LAYOUT.context, None, 0.6, 0.98, 0.25, 1.0, False, *SCORES)
+ALIBI = (torch.tensor([0.5, 0.25, 0.125, 0.0625], device=DEVICE), *RULE[1:3], 64, *RULE[4:7], 4.0, True, *SCORES)
 
 
 def arguments(n: int, rule: tuple[Any, ...]) -> tuple[Any, ...]:
