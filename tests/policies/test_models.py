@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import zsmerge_compile as zs
+from tests.bundles.made import PADS, greedy
 from tests.models_zoo import prompt, tiny
 from zsmerge_compile.policies import names
 
+STEPS = 25
 GIVEN: dict[str, dict[str, Any]] = {
     "full": {"budget": 60},
     "h2o": {"budget": 12},
@@ -23,18 +25,8 @@ GIVEN: dict[str, dict[str, Any]] = {
 }
 
 
-def greedy(runner: Any, steps: int = 25) -> tuple[torch.Tensor, torch.Tensor]:
-    given = prompt(2, 25, pads=(0, 9))
-    runner.reset()
-    logits, tokens = runner.prefill(given["input_ids"], given["attention_mask"]), []
-    for _ in range(steps):
-        tokens.append(logits.argmax(-1, keepdim=True))
-        logits = runner.decode(tokens[-1])
-    return torch.cat(tokens, 1), logits
-
-
 def assert_same(ours: Any, theirs: Any) -> None:
-    (tokens, logits), (expected, others) = greedy(ours), greedy(theirs)
+    (tokens, logits), (expected, others) = greedy(ours, 2, STEPS), greedy(theirs, 2, STEPS)
     assert torch.equal(tokens, expected)
     torch.testing.assert_close(logits, others, rtol=1e-4, atol=1e-4)
 
@@ -48,10 +40,10 @@ def test_every_policy_is_tried() -> None:
 def test_rows_do_not_depend_on_padding_or_each_other(name: str, model: str) -> None:
     pair = zs.compile(tiny(model), zs.policy(name, **GIVEN[name]), 2, backend="eager")
     single = zs.compile(tiny(model), zs.policy(name, **GIVEN[name]), 1, backend="eager")
-    tokens, _ = greedy(pair)
-    ids = prompt(2, 25, pads=(0, 9))["input_ids"][1:, 9:]
+    tokens, _ = greedy(pair, 2, STEPS)
+    ids = prompt(2, 30, pads=PADS[:2])["input_ids"][1:, PADS[1] :]
     logits = single.prefill(ids)
-    for step in range(25):
+    for step in range(STEPS):
         assert int(logits.argmax()) == int(tokens[1, step])
         logits = single.decode(logits.argmax(-1, keepdim=True))
 

@@ -13,7 +13,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from zsmerge_compile.config import ZSMergeConfig
 from zsmerge_compile.dynamo.cache import ModelCache
 from zsmerge_compile.dynamo.call import Call
-from zsmerge_compile.dynamo.handed import Handed, check_outputs, hand_over
+from zsmerge_compile.dynamo.handed import Handed, hand_over
 from zsmerge_compile.errors import ConfigError, must
 from zsmerge_compile.lower.inductor import lower_graph
 from zsmerge_compile.ops.policy import CachePolicy
@@ -51,7 +51,6 @@ def _compiled(
     gm: fx.GraphModule, example_inputs: Sequence[Any], cache: ModelCache, lower: str
 ) -> tuple[Runner, Handed]:
     graph = hand_over(gm, example_inputs, cache.program)
-    check_outputs(graph.module, cache.program)
     name = "decode" if graph.length == 1 else "prefill"
     known = cache.program
     rewrites = pipeline.run_one(name, graph.module, known.spec, known.sites, known.layouts, known.policy)

@@ -77,9 +77,11 @@ def hand_over(gm: fx.GraphModule, inputs: Sequence[Any], program: Program) -> Ha
     module = trace(
         behind, "Dynamo's graph", given, () if length is not None else ("length",), program.spec.max_positions
     )
-    roles = _roles(module, [_source(node) for node in columns.values()], program)
+    probe = _canonical(module, program)
+    roles = _roles(probe, [_source(node) for node in columns.values()], program)
     places = dict(zip(roles, columns, strict=True))
-    _check_columns(module, program)
+    _check_columns(probe)
+    _check_outputs(probe, program)
     single = isinstance(module.graph.output_node().args[0], fx.Node)
     return Handed(_named(module, roles), places, weights, floats, length, single)
 
@@ -211,9 +213,8 @@ def _axes(sizes: dict[int, fx.Node], columns: dict[int, fx.Node]) -> dict[int, i
     return found
 
 
-def _roles(module: fx.GraphModule, sources: list[str], program: Program) -> list[str]:
+def _roles(probe: fx.GraphModule, sources: list[str], program: Program) -> list[str]:
     """What each placeholder is: by the caller's name for it, else by its use. Raises UnsupportedGraphError."""
-    probe = _canonical(module, program)
     sites = [site for _, site in attention_sites(probe)]
     uses = {
         "input_ids": _above(node.args[1] for node in probe.graph.nodes if _is_tokens(node, program)),
@@ -240,10 +241,10 @@ def _roles(module: fx.GraphModule, sources: list[str], program: Program) -> list
     return roles
 
 
-def _check_columns(module: fx.GraphModule, program: Program) -> None:
+def _check_columns(probe: fx.GraphModule) -> None:
     """Raise UnsupportedGraphError unless every attention is over the rows and columns of the graph's inputs."""
-    batch, length = value(module.graph.find_nodes(op="placeholder")[0]).shape
-    for layer, site in attention_sites(_canonical(module, program)):
+    batch, length = value(probe.graph.find_nodes(op="placeholder")[0]).shape
+    for layer, site in attention_sites(probe):
         query = value(site.args[0]).shape  # type: ignore[arg-type]
         if not (same_size(query[0], batch) and same_size(query[2], length)):
             what, expected = f"tokens that attend in layer {layer}", f"the inputs' [{batch}, {length}]"
@@ -251,9 +252,8 @@ def _check_columns(module: fx.GraphModule, program: Program) -> None:
             raise UnsupportedGraphError(must(what, expected, f"[{query[0]}, {query[2]}]", hint))
 
 
-def check_outputs(module: fx.GraphModule, program: Program) -> None:
+def _check_outputs(probe: fx.GraphModule, program: Program) -> None:
     """Raise UnsupportedGraphError if keys or values of a layer leave the graph, or are not of the cache's dtype."""
-    probe = _canonical(module, program)
     left = {node.name for node in probe.graph.output_node().all_input_nodes}
     for layer, site in attention_sites(probe):
         for what, node in zip(("key", "value"), site.args[1:3], strict=True):

@@ -5,7 +5,6 @@ compiled = zs.compile(model, zs.policy("h2o", budget=1024))
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 from inspect import signature
 from typing import Any
@@ -30,11 +29,13 @@ def policy(name: str, **parameters: Any) -> CachePolicy:
     if name not in _FILES:
         raise ConfigError(must("policy", f"one of {', '.join(names())}", repr(name)))
     make = import_module(f"zsmerge_compile.policies.{_FILES[name]}").make
+    known = signature(ZSMergeConfig if _FILES[name] == "zsmerge" else make)
     try:
-        made: CachePolicy = make(**parameters)
+        known.bind(**parameters)
     except TypeError as error:  # one that it does not have, or that it needs
-        known = ", ".join(fields(make))
-        raise ConfigError(must(f"parameters of {name}", known, str(error).partition(" ")[2])) from None
+        got = str(error).removeprefix("got ")
+        raise ConfigError(must(f"parameters of {name}", ", ".join(known.parameters), got)) from None
+    made: CachePolicy = make(**parameters)
     return made
 
 
@@ -43,9 +44,3 @@ def policy_of(config: ZSMergeConfig | CachePolicy) -> CachePolicy:
     if isinstance(config, ZSMergeConfig):
         return import_module("zsmerge_compile.policies.zsmerge").ZSMergePolicy(config)
     return config
-
-
-def fields(make: Callable[..., CachePolicy]) -> tuple[str, ...]:
-    """The parameters that a policy is made of."""
-    found = tuple(signature(make).parameters)
-    return found if found != ("parameters",) else tuple(signature(ZSMergeConfig).parameters)
