@@ -18,6 +18,7 @@ Does not fire when the graph holds no `zsmerge.attention`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -43,11 +44,12 @@ def insert_cache(
     for node, site, layout in zip(nodes, sites, layouts, strict=True):
         state = [_placeholder(gm, f"layer{site.layer}_{field}") for field in policy.state_fields]
         with gm.graph.inserting_before(node):
-            slopes = _slopes(gm, site)
-            arguments = policy.decode_arguments if decode else policy.extend_arguments
-            trailing = arguments(site, layout, slopes)
             op = policy.decode_op if decode else policy.extend_op
-            new = gm.graph.call_function(op, (*node.args[:3], *state, *call, *trailing))
+            leading = (*node.args[:3], *state, *call)
+            names = [argument.name for argument in op._schema.arguments[len(leading) :]]
+            given = zip(names, policy.arguments(site, layout), strict=True)
+            trailing = [_given(gm, f"layer{site.layer}_{name}", argument) for name, argument in given]
+            new = gm.graph.call_function(op, (*leading, *trailing))
         new.meta.update(node.meta)
         node.replace_all_uses_with(new)
         gm.graph.erase_node(node)
@@ -71,12 +73,11 @@ def _last_placeholder(gm: fx.GraphModule) -> fx.Node:
     return [node for node in gm.graph.nodes if node.op == "placeholder"][-1]
 
 
-def _slopes(gm: fx.GraphModule, site: Site) -> fx.Node | None:
-    if site.slopes is None:
-        return None
-    name = f"layer{site.layer}_alibi_slopes"
-    device = next(gm.parameters()).device
-    gm.register_buffer(name, torch.tensor(site.slopes, dtype=torch.float32, device=device))
+def _given(gm: fx.GraphModule, name: str, argument: Any) -> Any:
+    """An argument as the graph can hold it: a tensor becomes a buffer."""
+    if not isinstance(argument, torch.Tensor):
+        return argument
+    gm.register_buffer(name, argument.to(next(gm.parameters()).device))
     return gm.graph.get_attr(name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,26 +13,26 @@ from torch._inductor.utils import run_and_get_code
 from zsmerge_compile.ops import contracts, decode
 from zsmerge_compile.ops.cpp import build
 from zsmerge_compile.ops.cpp import decode as cpp_decode
-from zsmerge_compile.ops.state import LayerLayout, State, allocate
+from zsmerge_compile.ops.state import LayerLayout, Rule, State, allocate
 
 LAYOUT = LayerLayout(heads=4, kv_heads=2, head_dim=16, proximity=31, context=30, residual=3)
-SCORES = ("received", 0, 1, "avg")
-RULE = (None, LAYOUT.proximity, LAYOUT.context, None, 0.6, 0.98, 0.25, 1.0, False, *SCORES)
-ALIBI = (torch.tensor([0.5, 0.25, 0.125, 0.0625]), *RULE[1:3], 128, *RULE[4:7], 4.0, True, *SCORES)
+RULE = Rule(LAYOUT.proximity, LAYOUT.context, 0.6, 0.98, 0.25)
+SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+ALIBI = replace(RULE, window=128, slopes=SLOPES, alibi_divisor=4.0, alibi_bf16=True)
 
 
-def arguments(n: int, rule: tuple[Any, ...], dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+def arguments(n: int, rule: Rule, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
     state = allocate(LAYOUT, 2, dtype)
     q, k, v = (torch.randn(2, heads, n, LAYOUT.head_dim).to(dtype) for heads in (4, 2, 2))
     seen = torch.tensor([0, 0])
     if n == 1:
-        return q, k, v, *state, seen, torch.tensor([True, False]), *rule
-    return q, k, v, *state, torch.arange(2), seen, torch.tensor([0, 3]), *rule, "segment"
+        return q, k, v, *state, seen, torch.tensor([True, False]), *contracts.spelled(rule)
+    return q, k, v, *state, torch.arange(2), seen, torch.tensor([0, 3]), *contracts.spelled(rule)
 
 
 @pytest.mark.parametrize("rule", [RULE, ALIBI], ids=["causal", "alibi-window"])
 @pytest.mark.parametrize(("op", "n"), [(contracts.DECODE, 1), (contracts.EXTEND, 40)], ids=["decode", "extend"])
-def test_opcheck_cache_ops(op: Any, n: int, rule: tuple[Any, ...]) -> None:
+def test_opcheck_cache_ops(op: Any, n: int, rule: Rule) -> None:
     torch.library.opcheck(op, arguments(n, rule))
 
 
@@ -50,14 +51,14 @@ def test_schema_declares_every_state_tensor_as_mutated_and_nothing_else(op: Any)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", [RULE, ALIBI], ids=["causal", "alibi-window"])
 def test_inductor_compiles_the_step_without_copying_keys_or_values(
-    rule: tuple[Any, ...], dtype: torch.dtype, attend: Any
+    rule: Rule, dtype: torch.dtype, attend: Any
 ) -> None:
     """fullgraph, and no buffer as large as K or V in the generated code (index_put_ is done in place)."""
     args, (seen, active) = arguments(1, rule, dtype), (12, 13)
     build.load()
 
     def step(*args: Any) -> torch.Tensor:
-        state, given = State(*args[3:seen]), contracts.rule_of(*args[active + 1 :])
+        state, given = State(*args[3:seen]), Rule(*args[active + 1 :])
         return decode.step(state, *args[:3], args[seen], args[active], given, attend)
 
     with torch.no_grad():

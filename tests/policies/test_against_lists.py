@@ -13,7 +13,7 @@ from torch import Tensor
 
 import zsmerge_compile as zs
 from tests.policies.lists import H2O, Listed, SnapKV, Streaming
-from zsmerge_compile.ops import contracts, decode, prefill, reference
+from zsmerge_compile.ops import decode, prefill, reference
 from zsmerge_compile.ops.cpp import build
 from zsmerge_compile.ops.cpp import decode as cpp_decode
 from zsmerge_compile.ops.cpp import extend as cpp_extend
@@ -56,7 +56,7 @@ class Layer:
     def __init__(self, policy: CachePolicy, path: str, kv_heads: int, repeats: int, batch: int) -> None:
         site = Site(0, "", "", kv_heads * repeats, kv_heads, DIM, SCALE)
         (layout,) = policy.layouts([site])
-        self.rule: Rule = contracts.rule_of(*policy.extend_arguments(site, layout, None))
+        self.rule: Rule = Rule(*policy.arguments(site, layout))
         self.state = State(*policy.allocate(layout, batch, torch.float32, torch.device("cpu")))
         self.path, self.seen = path, torch.zeros(batch, dtype=torch.int64)
         if path == "cpp":

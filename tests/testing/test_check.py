@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from zsmerge_compile.errors import InputError, MissingBackendError, UnsupportedM
 from zsmerge_compile.lower import eager
 from zsmerge_compile.lower.lowered import Lowered
 from zsmerge_compile.ops import fold, reference
+from zsmerge_compile.passes import pipeline
 from zsmerge_compile.policies.zsmerge import ZSMergePolicy
 from zsmerge_compile.testing import EquivalenceError, check, check_equivalence
 from zsmerge_compile.testing.cases import FULL, SMALL, Case, Sizes, cases
@@ -72,30 +74,33 @@ def drawn(name: str, count: int, seed: int) -> list[Case]:
 Patch = pytest.MonkeyPatch
 
 
-def arguments_of_layer_1(patch: Patch, index: int, new: Callable[[float], float], ops: tuple[str, ...]) -> None:
-    """Change one trailing argument of layer 1's cache ops: 3 is the window, 4 alpha, 6 the scale."""
-    for name in ops:
-        sound = getattr(ZSMergePolicy, name)
+def rule_of_layer_1(patch: Patch, field: str, new: Callable[[float], float], graphs: tuple[str, ...]) -> None:
+    """Change one constant of layer 1's cache ops in some of the graphs."""
+    sound, sound_pass, now = ZSMergePolicy.rule, pipeline.insert_cache, [""]
 
-        def faulty(self: Any, site: Any, layout: Any, slopes: Any, sound: Any = sound) -> tuple[Any, ...]:
-            given = list(sound(self, site, layout, slopes))
-            if site.layer == 1:
-                given[index] = new(given[index])
-            return tuple(given)
+    def noting(*given: Any, decode: bool, **more: Any) -> int:
+        now[0] = "decode" if decode else "prefill"
+        return sound_pass(*given, decode=decode, **more)
 
-        patch.setattr(ZSMergePolicy, name, faulty)
+    def faulty(self: Any, site: Any, layout: Any) -> Any:
+        rule = sound(self, site, layout)
+        touched = site.layer == 1 and now[0] in graphs
+        return replace(rule, **{field: new(getattr(rule, field))}) if touched else rule
+
+    patch.setattr(pipeline, "insert_cache", noting)
+    patch.setattr(ZSMergePolicy, "rule", faulty)
 
 
 def wrong_scale(patch: Patch) -> None:
-    arguments_of_layer_1(patch, 6, lambda scale: 1.02 * scale, ("decode_arguments",))
+    rule_of_layer_1(patch, "scale", lambda scale: 1.02 * scale, ("decode",))
 
 
 def wrong_alpha(patch: Patch) -> None:
-    arguments_of_layer_1(patch, 4, lambda alpha: alpha - 0.1, ("decode_arguments",))
+    rule_of_layer_1(patch, "alpha", lambda alpha: alpha - 0.1, ("decode",))
 
 
 def wrong_window(patch: Patch) -> None:
-    arguments_of_layer_1(patch, 3, lambda window: window + 1, ("decode_arguments", "extend_arguments"))
+    rule_of_layer_1(patch, "window", lambda window: window + 1, ("decode", "prefill"))
 
 
 def no_bias(patch: Patch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from zsmerge_compile.bench.fill import fill
 from zsmerge_compile.bench.machine import free_memory
 from zsmerge_compile.bench.seam import compile_alone, kernel_of
 from zsmerge_compile.ops import contracts, reference
-from zsmerge_compile.ops.state import LayerLayout, State, allocate
+from zsmerge_compile.ops.state import LayerLayout, Rule, State, allocate
 from zsmerge_compile.program import Program
 
 STEPS = 3
@@ -38,8 +38,8 @@ def check_decode(program: Program, steps: int = STEPS) -> Verdict:
     """
     batch, layout = _size(program)
     kernel = kernel_of(program, contracts.DECODE)
-    constants = program.policy.decode_arguments(program.sites[0], layout, None)
-    rule = contracts.rule_of(*constants)
+    rule = replace(Rule(*program.policy.arguments(program.sites[0], layout)), slopes=None)
+    constants = contracts.spelled(rule)
     ours = allocate(layout, batch, program.dtype, program.device)
     seen = torch.full((batch,), layout.slots * 3 + 1, device=program.device)
     fill(ours, layout.proximity, int(seen[0]))
@@ -66,8 +66,8 @@ def check_extend(program: Program) -> Verdict:
     """The same of a prompt on an empty cache, most of which has to be merged, then of one on the cache it left."""
     layout = _cut(program.layouts[0], PROMPTS[0] // 2)
     kernel = kernel_of(program, contracts.EXTEND)
-    constants = program.policy.extend_arguments(program.sites[0], layout, None)
-    rule = contracts.rule_of(*constants)
+    rule = replace(Rule(*program.policy.arguments(program.sites[0], layout)), slopes=None)
+    constants = contracts.spelled(rule)
     state = allocate(layout, 1, program.dtype, program.device)
     row, seen = (torch.zeros(1, dtype=torch.int64, device=program.device) for _ in range(2))
     what = f"{kernel.name}: {PROMPTS[0]} and {PROMPTS[1]} tokens, {layout.slots} slots, {_name(program.dtype)}"

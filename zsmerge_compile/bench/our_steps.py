@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from zsmerge_compile.bench.rows import CHUNK, Row
 from zsmerge_compile.bench.seam import compile_alone, instead, kernel_of
 from zsmerge_compile.bench.timing import Step
 from zsmerge_compile.ops import contracts
-from zsmerge_compile.ops.state import State, allocate
+from zsmerge_compile.ops.state import Rule, State, allocate
 from zsmerge_compile.runtime.graphs import cuda_recorder
 
 NEW_TOKENS = 64  # of each timed generate
@@ -169,7 +169,8 @@ def op_step(program: Any, row: Row) -> Step:
     active = torch.ones(row.batch, dtype=torch.bool, device=program.device)
     shapes = [(row.batch, heads, 1, layout.head_dim) for heads in (layout.heads, layout.kv_heads, layout.kv_heads)]
     tokens = [torch.randn(shape, dtype=program.dtype, device=program.device) for shape in shapes]
-    arguments = program.policy.decode_arguments(program.sites[0], layout, None)
+    rule = replace(Rule(*program.policy.arguments(program.sites[0], layout)), slopes=None)
+    arguments = contracts.spelled(rule)
     call = compile_alone(kernel, (*tokens, *states[0], seen, active), arguments)
 
     def run() -> Any:

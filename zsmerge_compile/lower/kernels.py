@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from zsmerge_compile.ops import contracts, decode
-from zsmerge_compile.ops.state import State
+from zsmerge_compile.ops.state import Rule, State
 from zsmerge_compile.program import Program
 
 
@@ -45,7 +45,7 @@ def decode_step(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor
     """`zsmerge::decode` as the functional step plus one `index_put_` per buffer, in aten nodes."""
     size = len(State._fields)
     seen, active = rest[size : size + 2]
-    return decode.step(State(*rest[:size]), query, key, value, seen, active, contracts.rule_of(*rest[size + 2 :]))
+    return decode.step(State(*rest[:size]), query, key, value, seen, active, Rule(*rest[size + 2 :]))
 
 
 def _plain(op: Any, why: str = "") -> Kernel:

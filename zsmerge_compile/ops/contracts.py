@@ -10,6 +10,7 @@ Shapes: B batch, b rows of one call, H query heads, G key/value heads, T columns
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -20,10 +21,7 @@ from zsmerge_compile.ops import prefill, reference
 from zsmerge_compile.ops.state import Rule, State
 
 _STATE = ", ".join(f"Tensor({'abcdefghi'[i]}!) {name}" for i, name in enumerate(State._fields))
-_RULE = (
-    "Tensor? slopes, int proximity, int context, int? window, float alpha, float decay, float scale, "
-    "float alibi_divisor, bool alibi_bf16, str scoring, int observed, int kernel, str pooling"
-)
+_RULE = ", ".join(f"{str(field.type).replace(' | None', '?')} {field.name}" for field in fields(Rule))
 
 _library = torch.library.Library("zsmerge", "DEF")
 _library.define(
@@ -34,31 +32,15 @@ _library.define(
 )
 _library.define(
     f"extend(Tensor query, Tensor new_key, Tensor new_value, {_STATE}, Tensor rows, Tensor seen, Tensor pads, "
-    f"{_RULE}, str merge) -> Tensor"
+    f"{_RULE}) -> Tensor"
 )
 
 STATE_AT = slice(3, 3 + len(State._fields))  # where the state stands among a cache op's arguments
 
 
-def rule_of(
-    slopes: Tensor | None,
-    proximity: int,
-    context: int,
-    window: int | None,
-    alpha: float,
-    decay: float,
-    scale: float,
-    alibi_divisor: float,
-    alibi_bf16: bool,
-    scoring: str,
-    observed: int,
-    kernel: int,
-    pooling: str,
-    merge: str = "segment",
-) -> Rule:
-    """The Rule that a cache op's trailing arguments spell."""
-    scores = (scoring, observed, kernel, pooling)
-    return Rule(proximity, context, alpha, decay, scale, window, merge, slopes, alibi_divisor, alibi_bf16, *scores)
+def spelled(rule: Rule) -> tuple[Any, ...]:
+    """The rule as a cache op's trailing arguments; `Rule(*spelled(rule))` is the rule again."""
+    return tuple(getattr(rule, field.name) for field in fields(Rule))
 
 
 @torch.library.impl(_library, "attention", "CompositeExplicitAutograd")
@@ -71,7 +53,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, i
 
 @torch.library.impl(_library, "decode", "CompositeExplicitAutograd")
 def _decode(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
-    state, (seen, active), rule = State(*rest[:9]), rest[9:11], rule_of(*rest[11:])
+    state, (seen, active), rule = State(*rest[:9]), rest[9:11], Rule(*rest[11:])
     out, new = reference.extend(state, query, key, value, seen, (~active).long(), rule, decoded=True)
     for buffer, content in zip(state, new, strict=True):
         buffer.copy_(content)
@@ -80,7 +62,7 @@ def _decode(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
 
 @torch.library.impl(_library, "extend", "CompositeExplicitAutograd")
 def _extend(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
-    state, (rows, seen, pads), rule = State(*rest[:9]), rest[9:12], rule_of(*rest[12:])
+    state, (rows, seen, pads), rule = State(*rest[:9]), rest[9:12], Rule(*rest[12:])
     return prefill.extend(state, query, key, value, rows, seen, pads, rule)
 
 

@@ -67,8 +67,5 @@ class CachePolicy(Protocol):
     ) -> tuple[Tensor, ...]:
         """An empty state of one layer, in the order of `state_fields`; the first three are key, value, weight."""
 
-    def decode_arguments(self, site: Site, layout: LayerLayout, slopes: Any) -> tuple[Any, ...]:
-        """Trailing arguments of `decode_op`; `slopes` is the graph's node for site.slopes, or None."""
-
-    def extend_arguments(self, site: Site, layout: LayerLayout, slopes: Any) -> tuple[Any, ...]:
-        """Trailing arguments of `extend_op`."""
+    def arguments(self, site: Site, layout: LayerLayout) -> tuple[Any, ...]:
+        """Trailing arguments of both ops; a tensor among them becomes a buffer of the graphs."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops.scan import scan
 
-from zsmerge_compile.ops import contracts, fold, reference, scores
+from zsmerge_compile.ops import fold, reference, scores
 from zsmerge_compile.ops.fold import Residual
 from zsmerge_compile.ops.state import Rule, State
 
@@ -26,7 +26,7 @@ BLOCK = 64  # columns that attend at a time
 
 def extend_step(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     """`zsmerge::extend` in aten nodes and scans, the state written in place; a Kernel's `run` (`lower.kernels`)."""
-    state, (rows, seen, pads), rule = State(*rest[:9]), rest[9:12], contracts.rule_of(*rest[12:])
+    state, (rows, seen, pads), rule = State(*rest[:9]), rest[9:12], Rule(*rest[12:])
     out, new = extend(State(*(t.index_select(0, rows) for t in state)), query, key, value, seen[rows], pads, rule)
     for buffer, content in zip(state, new, strict=True):
         buffer.index_copy_(0, rows, content)

@@ -16,7 +16,7 @@ import torch
 from zsmerge_compile.config import Split, ZSMergeConfig
 from zsmerge_compile.ops import contracts
 from zsmerge_compile.ops.policy import Site
-from zsmerge_compile.ops.state import LayerLayout, State, allocate
+from zsmerge_compile.ops.state import LayerLayout, Rule, State, allocate
 
 
 class ZSMergePolicy:
@@ -65,17 +65,29 @@ class ZSMergePolicy:
         """An empty state of one layer."""
         return allocate(layout, batch_size, dtype, device)
 
-    def decode_arguments(self, site: Site, layout: LayerLayout, slopes: Any) -> tuple[Any, ...]:
-        """Arguments after `active`."""
+    def rule(self, site: Site, layout: LayerLayout) -> Rule:
+        """The constants of one layer."""
         config = self.config
-        sizes = (layout.proximity, layout.context, layout.window)
-        scores = (self.scoring, self.observed, self.kernel, self.pooling)
-        alibi = (site.alibi_divisor, site.alibi_bf16)
-        return (slopes, *sizes, config.alpha, config.decay, site.scale, *alibi, *scores)
+        return Rule(
+            layout.proximity,
+            layout.context,
+            config.alpha,
+            config.decay,
+            site.scale,
+            layout.window,
+            config.merge,
+            slopes=None if site.slopes is None else torch.tensor(site.slopes, dtype=torch.float32),
+            alibi_divisor=site.alibi_divisor,
+            alibi_bf16=site.alibi_bf16,
+            scoring=self.scoring,
+            observed=self.observed,
+            kernel=self.kernel,
+            pooling=self.pooling,
+        )
 
-    def extend_arguments(self, site: Site, layout: LayerLayout, slopes: Any) -> tuple[Any, ...]:
-        """Arguments after `pads`."""
-        return (*self.decode_arguments(site, layout, slopes), self.config.merge)
+    def arguments(self, site: Site, layout: LayerLayout) -> tuple[Any, ...]:
+        """The rule's fields."""
+        return contracts.spelled(self.rule(site, layout))
 
 
 class Evicting(ZSMergePolicy):

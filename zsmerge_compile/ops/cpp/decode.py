@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zsmerge_compile.ops import contracts, decode
+from zsmerge_compile.ops import decode
 from zsmerge_compile.ops.cpp import build
 from zsmerge_compile.ops.state import Rule, State
 
@@ -17,7 +17,7 @@ def decode_step(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor
     build.load()
     size = len(State._fields)
     seen, active = rest[size : size + 2]
-    rule = contracts.rule_of(*rest[size + 2 :])
+    rule = Rule(*rest[size + 2 :])
     return decode.step(State(*rest[:size]), query, key, value, seen, active, rule, attend)
 
 

@@ -40,7 +40,7 @@ _LIBRARIES: list[torch.library.Library] = []  # a library that is collected take
 
 
 def _extend(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
-    state, (rows, seen, pads), rule = State(*rest[:9]), rest[9:12], contracts.rule_of(*rest[12:])
+    state, (rows, seen, pads), rule = State(*rest[:9]), rest[9:12], Rule(*rest[12:])
     return prefill.extend(state, query, key, value, rows, seen, pads, rule, PARTS)
 
 

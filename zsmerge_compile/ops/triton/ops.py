@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zsmerge_compile.ops import contracts
-from zsmerge_compile.ops.state import State
+from zsmerge_compile.ops.state import Rule, State
 from zsmerge_compile.ops.triton import launch_decode, launch_extend
 
 _SIZE = len(State._fields)
@@ -31,14 +31,14 @@ def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def _decode(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
-    state, (seen, active), rule = State(*rest[:_SIZE]), rest[_SIZE : _SIZE + 2], contracts.rule_of(*rest[_SIZE + 2 :])
+    state, (seen, active), rule = State(*rest[:_SIZE]), rest[_SIZE : _SIZE + 2], Rule(*rest[_SIZE + 2 :])
     with _device_of(query):
         return launch_decode.decode(state, query, key, value, seen, active, rule)
 
 
 def _extend(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
     state, (rows, seen, pads) = State(*rest[:_SIZE]), rest[_SIZE : _SIZE + 3]
-    rule = contracts.rule_of(*rest[_SIZE + 3 :])
+    rule = Rule(*rest[_SIZE + 3 :])
     with _device_of(query):
         return launch_extend.extend(state, query, key, value, rows, seen, pads, rule)
 
