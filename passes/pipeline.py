@@ -21,6 +21,7 @@ from zsmerge_compile.passes.classify_mask import classify_masks, confirm_masks
 from zsmerge_compile.passes.drop_repeat_kv import drop_repeat_kv
 from zsmerge_compile.passes.graph import PassContext, attention_sites, value, where
 from zsmerge_compile.passes.insert_cache import insert_cache
+from zsmerge_compile.passes.lift_rotation import find_rotations, lift_rotation
 from zsmerge_compile.passes.masks import MaskKind
 from zsmerge_compile.passes.normalize_attention import normalize_attention
 from zsmerge_compile.passes.verify import verify
@@ -54,8 +55,12 @@ def run(prefill: fx.GraphModule, decode: fx.GraphModule, spec: ModelSpec, policy
         graph.canonicalise()
     context.masks = classify_masks(prefill, context)  # a decode mask of one element tells nothing: prefill decides
     sites = find_sites(prefill, context)
+    if policy.places != "text":
+        sites = find_rotations(prefill, sites, spec.max_positions)
     layouts = policy.layouts(sites)
     for graph in graphs:
+        if policy.places != "text":
+            graph.apply("lift_rotation", partial(lift_rotation, sites=sites))
         graph.insert_cache(sites, layouts, policy)
     counts = {graph.name: graph.counts for graph in graphs}
     return Rewritten(prefill, decode, sites, layouts, counts)
@@ -83,6 +88,8 @@ def run_one(
                 expected = f"{getattr(known, field)}, as in the model that the cache is for"
                 raise UnsupportedGraphError(must(what, expected, got, found.source))
     confirm_masks(gm, context)
+    if policy.places != "text":
+        graph.apply("lift_rotation", partial(lift_rotation, sites=sites))
     graph.insert_cache(sites, layouts, policy)
     return graph.counts
 

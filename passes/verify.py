@@ -9,7 +9,7 @@ from zsmerge_compile.passes.normalize_attention import SDPA, SOFTMAXES
 from zsmerge_compile.passes.scores import product_below
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
-STAGES = ("capture", "normalize_attention", "drop_repeat_kv", "insert_cache")
+STAGES = ("capture", "normalize_attention", "drop_repeat_kv", "lift_rotation", "insert_cache")
 
 
 def verify(gm: fx.GraphModule, stage: str, ctx: PassContext) -> None:
@@ -20,6 +20,7 @@ def verify(gm: fx.GraphModule, stage: str, ctx: PassContext) -> None:
     before insert_cache  placeholders input_ids, attention_mask, position_ids
     normalize_attention  one canonical attention per layer, layers 0 .. n-1; no other softmax over the tokens
     drop_repeat_kv       its key and value have equally many heads, a divisor of the query's
+    lift_rotation        the same
     insert_cache         no canonical attention; one cache op per layer
     """
     if stage not in STAGES:
@@ -30,10 +31,10 @@ def verify(gm: fx.GraphModule, stage: str, ctx: PassContext) -> None:
         _output(gm, ctx)
     if reached < STAGES.index("insert_cache"):
         _inputs(gm)
-    if stage in ("normalize_attention", "drop_repeat_kv"):
+    if stage in ("normalize_attention", "drop_repeat_kv", "lift_rotation"):
         _one_per_layer(gm, ctx)
         _no_softmax_over_tokens(gm)
-    if stage == "drop_repeat_kv":
+    if stage in ("drop_repeat_kv", "lift_rotation"):
         _equal_heads(gm)
     writers = [node for node in gm.graph.nodes if _writes(node)]
     expected = ctx.spec.num_layers if stage == "insert_cache" else 0

@@ -13,6 +13,7 @@ from zsmerge_compile.dynamo.cache import ModelCache
 from zsmerge_compile.errors import ConfigError, InputError, MissingBackendError, must
 from zsmerge_compile.lower.lowered import Lowered
 from zsmerge_compile.models.registry import spec_for
+from zsmerge_compile.ops.places import BOUNDED
 from zsmerge_compile.ops.policy import CachePolicy
 from zsmerge_compile.passes import pipeline
 from zsmerge_compile.policies import policy_of
@@ -88,7 +89,9 @@ def new_cache(model: nn.Module, config: ZSMergeConfig | CachePolicy, batch_size:
 def _program(model: nn.Module, config: ZSMergeConfig | CachePolicy, batch_size: int) -> Program:
     spec = spec_for(model)
     policy = policy_of(config)
-    policy.budgets(spec.num_layers)  # what is wrong with them is told before the trace
+    budgets = policy.budgets(spec.num_layers)  # what is wrong with them is told before the trace
+    if policy.places in BOUNDED and spec.max_positions is not None and max(budgets) >= spec.max_positions:
+        raise ConfigError(must("budget", f"below the {spec.max_positions} positions of the model", max(budgets)))
     captured = capture(model, spec, batch_size)
     rewritten = pipeline.run(captured.prefill, captured.decode, spec, policy)
     parameter = next(model.parameters())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from zsmerge_compile.models.spec import ModelSpec
+from zsmerge_compile.ops.places import BOUNDED
 from zsmerge_compile.ops.policy import CachePolicy, Site
 from zsmerge_compile.ops.state import LayerLayout
 
@@ -33,10 +34,16 @@ class Interface:
     dtype: torch.dtype
     device: torch.device
     vocab_size: int
-    max_positions: int | None  # tokens a row can hold; None: no limit
+    max_positions: int | None  # tokens a row can see; None: no limit
+    max_places: int | None  # the same of a prompt and what is held before it, where only these count
     policy: str
     parts: tuple[dict[str, int | None], ...]
     state: tuple[dict[str, TensorSpec], ...]
+
+    @property
+    def held(self) -> int:
+        """Tokens that a row holds at most."""
+        return max(sum(layer[name] or 0 for name in ("proximity", "context", "residual")) for layer in self.parts)
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -80,13 +87,15 @@ class Program:
 
     def interface(self) -> Interface:
         """What a runtime must know."""
-        limits = [limit for limit in (self.spec.max_positions, self.policy.max_tokens) if limit is not None]
+        positions, places = self.spec.max_positions, self.policy.places
+        limits = [limit for limit in (positions, self.policy.max_tokens) if limit is not None]
         return Interface(
             batch_size=self.batch_size,
             dtype=self.dtype,
             device=self.device,
             vocab_size=self.spec.vocab_size,
-            max_positions=min(limits, default=None),
+            max_positions=None if places in BOUNDED else min(limits, default=None),
+            max_places=positions if places == "cache" else None,
             policy=self.policy.name,
             parts=tuple(layout.parts() for layout in self.layouts),
             state=tuple(self._specs(layout) for layout in self.layouts),

@@ -43,13 +43,17 @@ class Listed:
         outs = []
         for j in range(len(new)):
             end = old + j + 1
-            attention = torch.softmax(q[:, j].double() @ keys[:end].T * self.scale, -1)
+            attention = torch.softmax(self.logits(q[:, j].double(), keys[:end], end - 1), -1)
             weights[j, :end] = attention.sum(0)
             outs.append(attention @ values[:end])
         self.rate(weights, old, prompt)
         if len(self.tokens) > self.budget:
             self.tokens = self.kept()
         return torch.stack(outs, 1)
+
+    def logits(self, query: Tensor, keys: Tensor, mine: int) -> Tensor:
+        """Of queries [r, D], which come with token `mine`, on the keys [m, D] of self.tokens[:m]."""
+        return query @ keys.T * self.scale
 
     def rate(self, weights: Tensor, old: int, prompt: bool) -> None:
         """Set the scores, from the attention [n, tokens] that the new tokens paid to all."""
@@ -79,10 +83,53 @@ class H2O(Listed):
 
 @dataclass
 class Streaming(Listed):
+    """frequencies [D/2]: keys and queries are rotated here; slopes [r]: ALiBi. Distances are between places."""
+
     sinks: int = 0
+    frequencies: Tensor | None = None
+    slopes: Tensor | None = None
+
+    def logits(self, query: Tensor, keys: Tensor, mine: int) -> Tensor:
+        far = torch.tensor([self.distance(mine, other) for other in range(len(keys))])
+        found = torch.stack([query @ rotated(key, -d, self.frequencies) for key, d in zip(keys, far, strict=True)], 1)
+        found = found * self.scale - (0 if self.slopes is None else self.slopes.double()[:, None] * far)
+        seen = torch.tensor([self.sees(mine, other) for other in range(len(keys))])
+        return found.masked_fill(~seen, -math.inf)
+
+    def distance(self, mine: int, other: int) -> float:
+        return mine - other
+
+    def sees(self, mine: int, other: int) -> bool:
+        return True
 
     def kept(self) -> list[Token]:
         return self.tokens[: self.sinks] + self.tokens[len(self.tokens) - self.budget + self.sinks :]
+
+
+@dataclass
+class LMInfinite(Streaming):
+    capped: bool = True
+
+    @property
+    def limit(self) -> int:
+        return self.budget - self.sinks + 1
+
+    def true(self, mine: int, other: int) -> int:
+        return self.tokens[mine].position - self.tokens[other].position
+
+    def distance(self, mine: int, other: int) -> float:
+        return min(self.true(mine, other), self.limit if self.capped else 2**40)
+
+    def sees(self, mine: int, other: int) -> bool:
+        return self.true(mine, other) < self.limit or self.tokens[other].position < self.sinks
+
+
+def rotated(x: Tensor, places: Tensor, frequencies: Tensor | None) -> Tensor:
+    """x [D] turned by that many places, pairs i and i + D/2 being complex numbers."""
+    if frequencies is None:
+        return x
+    pairs = torch.complex(*x.chunk(2)) * torch.exp(1j * places.double() * frequencies.double())
+    return torch.cat([pairs.real, pairs.imag])
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import zsmerge_compile as zs
-from tests.policies.lists import H2O, Listed, SnapKV, Streaming
+from tests.policies.lists import H2O, Listed, LMInfinite, SnapKV, Streaming
 from zsmerge_compile.ops import decode, prefill, reference
 from zsmerge_compile.ops.cpp import build
 from zsmerge_compile.ops.cpp import decode as cpp_decode
@@ -22,24 +23,37 @@ from zsmerge_compile.ops.state import Rule, State
 
 DIM, SCALE, CLOSE = 4, 0.5, 1e-5
 PATHS = ("reference", "aten", "cpp")
+SLOPES = torch.tensor([0.5, 0.25])
 
 
 class Choice(NamedTuple):
-    """A policy, and the list that is the same."""
+    """A policy, the list that is the same, and what its queries and keys know of positions."""
 
     policy: CachePolicy
     listed: Callable[[], Listed]
+    frequencies: Tensor | None = None
+    slopes: Tensor | None = None
 
 
 @st.composite
-def choices(draw: st.DrawFn, name: str) -> Choice:
+def choices(draw: st.DrawFn, name: str, repeats: int) -> Choice:
     budget = draw(st.integers(3, 12))
     if name == "h2o":
         recent = draw(st.integers(1, budget))
         return Choice(zs.policy(name, budget=budget, recent=recent), lambda: H2O(budget, SCALE, recent=recent))
     if name == "streaming":
-        sinks = draw(st.integers(0, budget - 1))
-        return Choice(zs.policy(name, budget=budget, sinks=sinks), lambda: Streaming(budget, SCALE, sinks=sinks))
+        sinks, positions = draw(st.integers(0, budget - 1)), draw(st.sampled_from(["cache", "text"]))
+        policy = zs.policy(name, budget=budget, sinks=sinks, positions=positions)
+        turns, slopes = (None, None) if positions == "text" else draw(kinds_of_positions(repeats))
+        return Choice(
+            policy, lambda: Streaming(budget, SCALE, sinks=sinks, frequencies=turns, slopes=slopes), turns, slopes
+        )
+    if name == "lm_infinite":
+        sinks, positions = draw(st.integers(0, budget - 1)), draw(st.sampled_from(["cache", "text"]))
+        policy, capped = zs.policy(name, budget=budget, sinks=sinks, positions=positions), positions == "cache"
+        turns, slopes = draw(kinds_of_positions(repeats))
+        known = dict(sinks=sinks, frequencies=turns, slopes=slopes, capped=capped)
+        return Choice(policy, lambda: LMInfinite(budget, SCALE, **known), turns, slopes)
     if name == "snapkv":
         given = dict(window=draw(st.integers(1, budget)), kernel=draw(st.sampled_from([1, 3, 5])))
         pooling = draw(st.sampled_from(["avg", "max"]))
@@ -50,11 +64,19 @@ def choices(draw: st.DrawFn, name: str) -> Choice:
     return Choice(zs.policy("full", budget=100), lambda: Listed(100, SCALE))
 
 
+def kinds_of_positions(repeats: int) -> st.SearchStrategy[tuple[Tensor | None, Tensor | None]]:
+    """Frequencies of rotations, slopes of ALiBi (those of one group), or neither."""
+    return st.sampled_from([(None, None), (torch.tensor([1.0, 0.3]), None), (None, SLOPES[:repeats])])
+
+
 class Layer:
     """One layer of a policy by one of the ways to compute it."""
 
-    def __init__(self, policy: CachePolicy, path: str, kv_heads: int, repeats: int, batch: int) -> None:
+    def __init__(self, choice: Choice, path: str, kv_heads: int, repeats: int, batch: int) -> None:
+        policy, turns, slopes = choice.policy, choice.frequencies, choice.slopes
         site = Site(0, "", "", kv_heads * repeats, kv_heads, DIM, SCALE)
+        site = replace(site, frequencies=None if turns is None else tuple(turns.tolist()))
+        site = replace(site, slopes=None if slopes is None else tuple(slopes.tolist() * kv_heads))
         (layout,) = policy.layouts([site])
         self.rule: Rule = Rule(*policy.arguments(site, layout))
         self.state = State(*policy.allocate(layout, batch, torch.float32, torch.device("cpu")))
@@ -88,14 +110,14 @@ class Layer:
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", ["full", "h2o", "streaming", "snapkv"])
+@pytest.mark.parametrize("name", ["full", "h2o", "lm_infinite", "streaming", "snapkv"])
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_same_tokens_and_outputs(name: str, path: str, data: st.DataObject) -> None:
     """Prompts with padding, steps, prompts on what is held: every row and head as its own list."""
-    choice = data.draw(choices(name))
-    kv_heads, repeats, batch = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
-    layer = Layer(choice.policy, path, kv_heads, repeats, batch)
+    kv_heads, repeats, batch = (data.draw(st.integers(1, 2)) for _ in range(3))
+    choice = data.draw(choices(name, repeats))
+    layer = Layer(choice, path, kv_heads, repeats, batch)
     lists = [[choice.listed() for _ in range(kv_heads)] for _ in range(batch)]
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**16)))
 

@@ -17,6 +17,7 @@ STEPS = 25
 GIVEN: dict[str, dict[str, Any]] = {
     "full": {"budget": 60},
     "h2o": {"budget": 12},
+    "lm_infinite": {"budget": 12, "sinks": 3},
     "pyramidkv": {"budget": 14, "window": 4, "beta": 4},
     "snapkv": {"budget": 12, "window": 4},
     "streaming": {"budget": 12, "sinks": 3},

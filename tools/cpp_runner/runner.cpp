@@ -61,6 +61,12 @@ Manifest::Manifest(const std::filesystem::path& folder) : json(read_manifest(fol
   batch_size = count(json["cache"]["batch_size"], "batch_size", 1);
   vocab_size = count(json["model"]["vocab_size"], "vocab_size", 1);
   max_positions = maybe(json["model"]["max_positions"], "max_positions", 0);
+  max_places = maybe(json["model"]["max_places"], "max_places", 0);
+  for (const Json& layer : json["cache"]["parts"].array()) {
+    int64_t slots = 0;
+    for (const char* part : {"proximity", "context", "residual"}) slots += count(layer[part], part, 0);
+    held = std::max(held, slots);
+  }
   chunk = maybe(json["chunk"], "chunk", 1);
 }
 
@@ -128,7 +134,9 @@ at::Tensor Runner::prefill(at::Tensor ids, at::Tensor pads, const at::Tensor& ro
   check_tokens(ids);
   if (length == 0 || pads.lt(0).logical_or(pads.ge(length)).any().item<bool>())
     throw must("prompt", "at least one token long", "an empty row");
-  check_positions(seen_.index({rows}) + length - pads);
+  const at::Tensor had = seen_.index({rows});
+  check_positions(had + length - pads, manifest_.max_positions);
+  check_positions(had.clamp_max(manifest_.held) + (length - pads).clamp_max(step), manifest_.max_places);
 
   // Chunks are aligned at the right end: what is missing is padding of the first one.
   const int64_t missing = (step - length % step) % step;
@@ -151,7 +159,7 @@ at::Tensor Runner::decode(const at::Tensor& ids, const at::Tensor& active) {
   if (ids.sizes() != at::IntArrayRef({batch, 1})) throw must("tokens", "one per row", ids.sizes());
   if (active.scalar_type() != at::kBool || active.sizes() != at::IntArrayRef({batch}))
     throw must("active", "bool, one per row", active.toString());
-  check_positions(seen_ + active);
+  check_positions(seen_ + active, manifest_.max_positions);
   const at::Tensor logits = run(*decode_, {ids.contiguous(), seen_, active.contiguous()});
   seen_ += active;
   return logits;
@@ -186,10 +194,9 @@ void Runner::check_tokens(const at::Tensor& ids) const {
     throw must("tokens", "in 0 .. " + std::to_string(manifest_.vocab_size - 1), wrong[0].item<int64_t>());
 }
 
-void Runner::check_positions(const at::Tensor& seen) const {
+void Runner::check_positions(const at::Tensor& seen, std::optional<int64_t> limit) const {
   const int64_t longest = seen.max().item<int64_t>();
-  if (manifest_.max_positions && longest > *manifest_.max_positions)
-    throw must("tokens seen", "at most " + std::to_string(*manifest_.max_positions), longest);
+  if (limit && longest > *limit) throw must("tokens seen", "at most " + std::to_string(*limit), longest);
 }
 
 }  // namespace zsmerge

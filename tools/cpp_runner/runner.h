@@ -24,7 +24,8 @@ struct Manifest {
   Json json;
   at::Device device = at::kCPU;
   int64_t batch_size = 0, vocab_size = 0;
-  std::optional<int64_t> max_positions, chunk;
+  std::optional<int64_t> max_positions, max_places, chunk;
+  int64_t held = 0;  // tokens that a row holds at most
 
   std::vector<at::Tensor> empty_cache() const;
 
@@ -58,7 +59,7 @@ class Runner {
   at::Tensor run(Package& graph, std::vector<at::Tensor> inputs);
   void check_rows(const at::Tensor& ids, const at::Tensor& pads, const at::Tensor& rows) const;
   void check_tokens(const at::Tensor& ids) const;
-  void check_positions(const at::Tensor& seen) const;
+  void check_positions(const at::Tensor& seen, std::optional<int64_t> limit) const;
 
   Manifest manifest_;
   std::unordered_map<std::string, at::Tensor> weights_;  // before the packages, which read them where they lie

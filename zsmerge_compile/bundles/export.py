@@ -82,6 +82,7 @@ def _write(compiled: CompiledModel, folder: Path, format: str, tokenizer: Any) -
             "class": compiled.report.model,
             "vocab_size": interface.vocab_size,
             "max_positions": interface.max_positions,
+            "max_places": interface.max_places,
         },
         policy={"name": program.policy.name, "config": config},
         cache={

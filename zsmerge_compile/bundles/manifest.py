@@ -32,7 +32,7 @@ _LARGEST = 64 * 2**20  # bytes of a manifest
 class Manifest:
     """format     "pt2", ...
     versions   library -> version that wrote the bundle
-    model      class, vocab_size, max_positions
+    model      class, vocab_size, max_positions, max_places
     policy     name and config
     cache      batch_size, dtype, and per layer the state's tensors: [name, shape, dtype], in their order, and what its
                slots are for
@@ -65,22 +65,21 @@ class Manifest:
                 for layer in cache["layers"]
             )
             parts = tuple({str(name): size for name, size in layer.items()} for layer in cache["parts"])
-            dtype, limit = _DTYPES[cache["dtype"]], model["max_positions"]
+            dtype, limits = _DTYPES[cache["dtype"]], (model["max_positions"], model["max_places"])
             rows = {spec.shape[0] for layer in state for spec in layer.values()}
             sizes = (
                 cache["batch_size"],
                 model["vocab_size"],
                 *(size for layer in state for spec in layer.values() for size in spec.shape),
             )
-            good = (
-                all(_is_count(size) for size in sizes) and min(sizes[:2]) >= 1 and (limit is None or _is_count(limit))
-            )
+            counts = (*sizes, *(limit for limit in limits if limit is not None))
+            good = all(_is_count(size) for size in counts) and min(sizes[:2]) >= 1
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise _damaged("cache and model", f"{type(error).__name__}: {error}") from error
         if not good or rows != {cache["batch_size"]}:
             raise _damaged("cache and model", "sizes that are no counts, or not those of one batch")
         policy = str(self.policy.get("name"))
-        return Interface(cache["batch_size"], dtype, device, model["vocab_size"], limit, policy, parts, state)
+        return Interface(cache["batch_size"], dtype, device, model["vocab_size"], *limits, policy, parts, state)
 
 
 def read(folder: Path) -> Manifest:

@@ -35,6 +35,8 @@ def choose(op: Any, program: Program) -> Kernel:
     device = program.device.type
     if op not in (contracts.DECODE, contracts.EXTEND) or device not in ("cpu", "cuda"):
         return _plain(op)
+    if program.policy.places != "text":
+        return _plain(op, ", no kernel has positions by place")
     if device == "cpu":
         return _cpp(op)
     refused = _triton_refuses(program)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zsmerge_compile.ops import scores
+from zsmerge_compile.ops import places, scores
 from zsmerge_compile.ops.state import Rule, State, alibi_bias
 
 NEVER = torch.iinfo(torch.int32).max
@@ -73,14 +73,18 @@ def step(
     at = seen.to(torch.int32)[:, None, None]  # [B, 1, 1] the new token's position
     alive_row = active[:, None, None]
     entering = (at % (rule.proximity + 1)).expand(-1, key.shape[1], -1).long()  # [B, G, 1]
-    out, mass = attend(state, query, key, value, at, entering, rule)
     is_new = new_slot(state, entering)
+    if rule.places == "text":
+        out, mass = attend(state, query, key, value, at, entering, rule)
+    else:
+        out, mass = places.step(state, query, key, value, at, is_new, rule)
+        key = places.kept(key, at[:, 0], rule)
 
     weight = torch.where(is_new, 1.0, state.weight)
     position = torch.where(is_new, at, state.position)
     score = scores.after_step(mass, state.score, weight, position, is_new, rule)
-    if rule.window is not None:
-        weight = torch.where(at + 1 - position < rule.window, weight, 0.0)
+    if rule.expiry is not None:
+        weight = torch.where(at + 1 - position < rule.expiry, weight, 0.0)
         score = torch.where(weight > 0, score, 0.0)
     moves = find_moves(weight, score, position, entering, at, rule)
     move(state, State(state.key, state.value, weight, score, position, *state[5:]), key, value, moves, alive_row)

@@ -76,7 +76,7 @@ def fold(
     singles = rule.proximity + 1 + rule.context
     keys, values = (torch.cat([held[:, :, :singles], new], 2) for held, new in ((state.key, key), (state.value, value)))
     ring, context, victims, after = sort_out(state, keys, values, received, seen, pads, rule)
-    residual = absorb(open_residual(state, after, rule.window), victims, rule.merge, in_turn)
+    residual = absorb(open_residual(state, after, rule.expiry), victims, rule.merge, in_turn)
     return join(ring, context, residual, state.key.dtype)
 
 
@@ -109,7 +109,7 @@ def sort_out(
         torch.cat([state.position[:, :, :singles], position[:, None].expand(-1, groups, -1)], 2),
     )
     after = (seen + n - pads).to(torch.int32)[:, None, None]
-    alive = (tokens.weight > 0) & in_window(tokens.position, after, rule.window)
+    alive = (tokens.weight > 0) & in_window(tokens.position, after, rule.expiry)
     recent = alive & (tokens.position >= after - rule.proximity)
     ring = fill_ring(tokens, recent, ring_size)
     context, victims = choose_context(tokens, alive & ~recent, rule.context, n)

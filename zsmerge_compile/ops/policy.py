@@ -36,6 +36,8 @@ class Site:
     slopes: tuple[float, ...] | None = None  # ALiBi, per query head
     alibi_divisor: float = 1.0
     alibi_bf16: bool = False
+    frequencies: tuple[float, ...] | None = None  # [D/2] radians per token, where the policy rotates by itself
+    magnitude: float = 1.0  # of that rotation
 
 
 @runtime_checkable
@@ -47,6 +49,7 @@ class CachePolicy(Protocol):
     extend_op: Any
     state_fields: tuple[str, ...]
     scoring: str  # see `ops/scores.py`
+    places: str  # see `ops/places.py`
     max_tokens: int | None  # tokens a row may hold; None: as many as the model has positions
 
     @property

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zsmerge_compile.ops import reference, scores
+from zsmerge_compile.ops import places, reference, scores
 from zsmerge_compile.ops.fold import InTurn, fold, in_turn
 from zsmerge_compile.ops.state import Rule, State
 
@@ -47,7 +47,10 @@ def extend(
     out, held, received = attend(mine, query, key, value, had, pads, rule, parts)
     columns = query.shape[2]
     score, received = scores.after_prompt(mine, held, received, had, pads, rule)
-    folded = fold(mine._replace(score=score), key, value, received, had, pads, rule, parts.in_turn)
+    at = had[:, None] + torch.arange(columns, device=query.device) - pads[:, None]
+    folded = fold(
+        mine._replace(score=score), places.kept(key, at, rule), value, received, had, pads, rule, parts.in_turn
+    )
     touched = rows[pads < columns]  # a row that is all padding keeps its state
     for buffer, new in zip(state, folded, strict=True):
         buffer.index_copy_(0, touched, new[pads < columns])
@@ -66,6 +69,12 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.attend`: out [b, H, T, D], attention on slots [b, G, S] and on the new tokens [b, G, T]."""
     columns = query.shape[2]
+    if rule.places != "text":
+        far = rule.places in places.LAMBDA and columns > rule.proximity
+        if far or rule.slopes is not None or bool((seen > 0).any()):
+            return places.attend(state, query, key, value, seen, pads, rule)
+        column = torch.arange(columns, device=query.device)
+        query, key = (places.turned(tensor, column, rule) for tensor in (query, key))
     first = max(0, columns - scored_queries(rule, query.shape[1] // key.shape[1]))
     if rule.slopes is not None or bool((seen > 0).any()):
         out, *mass = parts.blocks(state, query, key, value, seen, pads, rule, first=0, want_out=True)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zsmerge_compile.ops import scores
+from zsmerge_compile.ops import places, scores
 from zsmerge_compile.ops.fold import fold
 from zsmerge_compile.ops.state import Rule, State, alibi_bias
 
@@ -41,12 +41,14 @@ def extend(
     that are padding. Returns out [b, H, n, D] (zero at padding) and the new state. A row with pads == n keeps
     its state. decoded: the tokens are no part of a prompt, which "observed" scores tell apart.
     """
-    out, held, received = attend(state, query, key, value, seen, pads, rule)
+    attends = attend if rule.places == "text" else places.attend
+    out, held, received = attends(state, query, key, value, seen, pads, rule)
     if decoded and rule.scoring == "observed":
         score, received = state.score, torch.full_like(received, scores.DECODED)
     else:
         score, received = scores.after_prompt(state, held, received, seen, pads, rule)
-    folded = fold(state._replace(score=score), key, value, received, seen, pads, rule)
+    at = seen[:, None] + torch.arange(query.shape[2], device=query.device) - pads[:, None]
+    folded = fold(state._replace(score=score), places.kept(key, at, rule), value, received, seen, pads, rule)
     touched = pads < query.shape[2]
     kept = [
         torch.where(touched.view(-1, *([1] * (old.dim() - 1))), new, old)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops.scan import scan
 
-from zsmerge_compile.ops import fold, reference, scores
+from zsmerge_compile.ops import fold, places, reference, scores
 from zsmerge_compile.ops.fold import Residual
 from zsmerge_compile.ops.state import Rule, State
 
@@ -43,7 +43,9 @@ def extend(
     query, key, value = (F.pad(t, (0, 0, short, 0)) for t in (query, key, value))
     touched = (pads < columns)[:, None, None]
     pads = pads + short
-    out, held, received = attend(state, query, key, value, seen, pads, rule)
+    attends = attend if rule.places == "text" else attend_placed
+    out, held, received = attends(state, query, key, value, seen, pads, rule)
+    key = places.kept(key, (seen - pads)[:, None] + torch.arange(key.shape[2], device=key.device), rule)
     score, received = scores.after_prompt(state, held, received, seen, pads, rule)
     scored = state._replace(score=score)
     singles = rule.proximity + 1 + rule.context
@@ -100,6 +102,28 @@ def attend(
     blocks = query.unflatten(2, (-1, BLOCK)).movedim(2, 0).contiguous(), column.unflatten(0, (-1, BLOCK))
     (held, received), out = scan(block, start, blocks)
     return out.movedim(0, 2).flatten(2, 3), held, received
+
+
+def attend_placed(
+    state: State, query: Tensor, key: Tensor, value: Tensor, seen: Tensor, pads: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `places.attend`, for a number of columns that BLOCK divides."""
+    had, every = places.held(state, seen, rule), slice(None)
+    fresh = places.new(key, value, pads, had, rule)
+
+    def block(carry: Tensor, chosen: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        q, mine = chosen  # [b, H, BLOCK, D], [BLOCK]
+        to_slots = places.slot_logits(q, (seen - pads)[:, None] + mine, had, rule)
+        to_new = places.token_logits(q, mine, every, pads, had, fresh, rule)
+        attention = torch.softmax(torch.cat([to_slots, to_new], -1), -1)
+        real = (mine >= pads[:, None])[:, None, None, :, None]
+        attention = torch.where(real, attention, 0.0).to(value.dtype)
+        return carry + 1, places.weighted(attention, state.value, fresh, value)
+
+    blocks = query.unflatten(2, (-1, BLOCK)).movedim(2, 0).contiguous(), fresh.column.unflatten(0, (-1, BLOCK))
+    _, out = scan(block, torch.zeros((), device=query.device), blocks)
+    received = torch.zeros_like(key[..., 0], dtype=torch.float32)
+    return out.movedim(0, 2).flatten(2, 3), torch.zeros_like(state.score), received
 
 
 def absorb(residual: Residual, victims: fold.Tokens, merge: str) -> Residual:

@@ -48,6 +48,14 @@ class Rule:
     observed: int = 0  # "observed": queries of a prompt, its last ones, whose attention counts
     kernel: int = 1  # "observed": tokens, an odd number, over which it is pooled
     pooling: str = "avg"  # "observed": or "max"
+    places: str = "text"  # how positions are counted (`ops/places.py`)
+    frequencies: Tensor | None = None  # [D/2] fp32, radians per token: queries and keys come before their rotation
+    magnitude: float = 1.0  # of the rotation: cosines and sines are multiplied by it
+
+    @property
+    def expiry(self) -> int | None:
+        """Tokens after which a slot is emptied; where positions are counted in the cache, what is held stays near."""
+        return self.window if self.places == "text" else None
 
 
 @dataclass(frozen=True)

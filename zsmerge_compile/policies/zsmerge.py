@@ -29,6 +29,7 @@ class ZSMergePolicy:
     name = "zsmerge"
     state_fields: tuple[str, ...] = State._fields
     scoring = "received"
+    places = "text"
     observed, kernel, pooling = 0, 1, "avg"
     max_tokens: int | None = None  # tokens a row may hold at most
 
@@ -83,6 +84,9 @@ class ZSMergePolicy:
             observed=self.observed,
             kernel=self.kernel,
             pooling=self.pooling,
+            places=self.places,
+            frequencies=None if site.frequencies is None else torch.tensor(site.frequencies, dtype=torch.float32),
+            magnitude=site.magnitude,
         )
 
     def arguments(self, site: Site, layout: LayerLayout) -> tuple[Any, ...]:

@@ -72,11 +72,11 @@ def check_active(active: Tensor, batch_size: int, device: torch.device) -> None:
     _check_device("active", active, device)
 
 
-def check_positions(lengths: Iterable[int], max_positions: int | None) -> None:
+def check_positions(lengths: Iterable[int], max_positions: int | None, what: str = "tokens seen") -> None:
     """Refuse tokens past the model's last position; `lengths`: tokens each row would have seen."""
     longest = max(lengths)
     if max_positions is not None and longest > max_positions:
-        raise InputError(must("tokens seen", f"at most {max_positions}, the model's positions", longest))
+        raise InputError(must(what, f"at most {max_positions}, the model's positions", longest))
 
 
 def _check_ids(what: str, ids: Tensor, shape: str, vocab_size: int | None, device: torch.device) -> None:

@@ -124,6 +124,9 @@ class Runner(GenerateMixin):
             self.cache.require_valid(prompt.rows)
         held = [0] * len(prompt.rows) if empty else self.cache.seen_tokens[prompt.rows].tolist()
         inputs.check_positions((h + n for h, n in zip(held, prompt.lengths, strict=True)), self.max_positions)
+        at_once = prompt.ids.shape[1] if self.chunk is None else self.chunk
+        reached = (min(h, self.interface.held) + min(n, at_once) for h, n in zip(held, prompt.lengths, strict=True))
+        inputs.check_positions(reached, self.interface.max_places, "tokens held and new")
         return prompt
 
     def _require_valid(self, active: Tensor) -> None:
