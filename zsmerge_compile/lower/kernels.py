@@ -77,8 +77,6 @@ def _triton_refuses(program: Program) -> str | None:
     """Why Triton cannot serve some layer, in words; None if it serves all."""
     from zsmerge_compile.ops.triton.supports import supports
 
-    if program.policy.scoring != "received":
-        return f"the scores of {program.policy.name}"
     capability = torch.cuda.get_device_capability(program.device)
     shapes = {(layout.head_dim, layout.heads, layout.kv_heads) for layout in program.layouts}
     reasons = (supports(program.dtype, *shape, capability) for shape in sorted(shapes))
