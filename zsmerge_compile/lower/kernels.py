@@ -35,10 +35,10 @@ def choose(op: Any, program: Program) -> Kernel:
     device = program.device.type
     if op not in (contracts.DECODE, contracts.EXTEND) or device not in ("cpu", "cuda"):
         return _plain(op)
-    if program.policy.places != "text":
-        return _plain(op, ", no kernel has positions by place")
     if device == "cpu":
         return _cpp(op)
+    if program.policy.places != "text":
+        return _plain(op, ", not Triton: positions by place")
     refused = _triton_refuses(program)
     return _triton(op) if refused is None else _plain(op, f", not Triton: {refused}")
 

@@ -31,12 +31,13 @@ class Moves(NamedTuple):
 
 
 def attend(
-    state: State, query: Tensor, key: Tensor, value: Tensor, at: Tensor, entering: Tensor, rule: Rule
+    state: State, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, entering: Tensor, rule: Rule
 ) -> tuple[Tensor, Tensor]:
     """Eq. 8 over the live slots and the new token, which stands in its (empty) ring slot `entering` [B, G, 1].
 
-    The group's query heads are the rows of one matrix product, so K and V are read once per key/value head and
-    never widened. Returns out [B, H, 1, D] and the group's summed attention [B, G, S].
+    bias [B, G, 1 or r, S] is added to q.k * scale, -inf where a slot is not live. The group's query heads are the rows
+    of one matrix product, so K and V are read once per key/value head and never widened. Returns out [B, H, 1, D] and
+    the group's summed attention [B, G, S].
     """
     batch, heads, _, dim = query.shape
     groups = key.shape[1]
@@ -44,7 +45,7 @@ def attend(
     grouped = query.reshape(batch, groups, heads // groups, dim)
     old = (grouped @ state.key.mT).float()  # [B, G, r, S]
     new = (grouped.float() * key.float()).sum(-1, keepdim=True)  # [B, G, r, 1]
-    logits = torch.where(is_new, new, old) * rule.scale + slot_bias(state, at, entering, query.dtype, rule)
+    logits = torch.where(is_new, new, old) * rule.scale + bias
     attention = torch.softmax(logits, -1)
     on_slots = attention.masked_fill(is_new, 0.0)
     on_new = (attention * is_new).sum(-1, keepdim=True)
@@ -75,10 +76,10 @@ def step(
     entering = (at % (rule.proximity + 1)).expand(-1, key.shape[1], -1).long()  # [B, G, 1]
     is_new = new_slot(state, entering)
     if rule.places == "text":
-        out, mass = attend(state, query, key, value, at, entering, rule)
+        bias = slot_bias(state, at, is_new, query.dtype, rule)
     else:
-        out, mass = places.step(state, query, key, value, at, is_new, rule)
-        key = places.kept(key, at[:, 0], rule)
+        query, key, bias = places.step(state, query, key, at, is_new, rule)
+    out, mass = attend(state, query, key, value, bias, entering, rule)
 
     weight = torch.where(is_new, 1.0, state.weight)
     position = torch.where(is_new, at, state.position)
@@ -96,9 +97,8 @@ def new_slot(state: State, entering: Tensor) -> Tensor:
     return torch.arange(state.weight.shape[2], device=entering.device) == entering
 
 
-def slot_bias(state: State, at: Tensor, entering: Tensor, dtype: torch.dtype, rule: Rule) -> Tensor:
+def slot_bias(state: State, at: Tensor, is_new: Tensor, dtype: torch.dtype, rule: Rule) -> Tensor:
     """What is added to q.k * scale (eq. 8): `biases`, and -inf where a slot is not live: [B, G, 1 or r, S]."""
-    is_new = new_slot(state, entering)
     live = is_new | (state.weight > 0)
     if rule.window is not None:
         live = live & (is_new | (at - state.position < rule.window))

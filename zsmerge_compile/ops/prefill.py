@@ -73,8 +73,8 @@ def attend(
         far = rule.places in places.LAMBDA and columns > rule.proximity
         if far or rule.slopes is not None or bool((seen > 0).any()):
             return places.attend(state, query, key, value, seen, pads, rule)
-        column = torch.arange(columns, device=query.device)
-        query, key = (places.turned(tensor, column, rule) for tensor in (query, key))
+        at = torch.arange(columns, device=query.device) - pads[:, None]
+        query, key = (places.kept(tensor, at, rule) for tensor in (query, key))
     first = max(0, columns - scored_queries(rule, query.shape[1] // key.shape[1]))
     if rule.slopes is not None or bool((seen > 0).any()):
         out, *mass = parts.blocks(state, query, key, value, seen, pads, rule, first=0, want_out=True)

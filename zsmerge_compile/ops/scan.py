@@ -113,14 +113,15 @@ def attend_placed(
 
     def block(carry: Tensor, chosen: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         q, mine = chosen  # [b, H, BLOCK, D], [BLOCK]
-        to_slots = places.slot_logits(q, (seen - pads)[:, None] + mine, had, rule)
-        to_new = places.token_logits(q, mine, every, pads, had, fresh, rule)
+        at = (seen - pads)[:, None] + mine
+        to_slots = places.slot_logits(q, at, had, rule)
+        to_new = places.token_logits(q, at, every, had, fresh, rule)
         attention = torch.softmax(torch.cat([to_slots, to_new], -1), -1)
-        real = (mine >= pads[:, None])[:, None, None, :, None]
-        attention = torch.where(real, attention, 0.0).to(value.dtype)
+        attention = torch.where((at >= seen[:, None])[:, None, None, :, None], attention, 0.0)
         return carry + 1, places.weighted(attention, state.value, fresh, value)
 
-    blocks = query.unflatten(2, (-1, BLOCK)).movedim(2, 0).contiguous(), fresh.column.unflatten(0, (-1, BLOCK))
+    column = torch.arange(query.shape[2], device=query.device)
+    blocks = query.unflatten(2, (-1, BLOCK)).movedim(2, 0).contiguous(), column.unflatten(0, (-1, BLOCK))
     _, out = scan(block, torch.zeros((), device=query.device), blocks)
     received = torch.zeros_like(key[..., 0], dtype=torch.float32)
     return out.movedim(0, 2).flatten(2, 3), torch.zeros_like(state.score), received
