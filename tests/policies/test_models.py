@@ -90,8 +90,9 @@ def test_every_format(name: str, format: str, tmp_path: Path) -> None:
     assert_same(zs.load(zs.export(eager, tmp_path / name, format)), eager)
 
 
-def test_under_torch_compile() -> None:
-    model, policy = tiny("llama-gqa"), zs.policy("snapkv", **GIVEN["snapkv"])
+@pytest.mark.parametrize("name", ["snapkv", "streaming"])
+def test_under_torch_compile(name: str) -> None:
+    model, policy = tiny("llama-gqa"), zs.policy(name, **GIVEN[name])
     cache = zs.new_cache(model, policy, 1)
     torch._dynamo.reset()
     options = {"config": policy, "cache": cache, "lower": "eager"}

@@ -75,7 +75,7 @@ def held(state: State, seen: Tensor, rule: Rule) -> Held:
 def _as_sinks(key: Tensor, position: Tensor, rule: Rule) -> Tensor:
     """Kept keys of sinks [b, G, C, D] in fp32; for "capped" their rotation is undone."""
     if rule.places != "capped" or rule.frequencies is None:
-        return key.float()
+        return key.to(torch.float32, copy=True)  # a loop in a graph may not see one memory twice
     return turned(key.float(), -position, rule) / rule.magnitude
 
 
