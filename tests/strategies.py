@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
@@ -84,9 +84,18 @@ def cases(
 
 
 def with_any_scores(case: Case) -> st.SearchStrategy[Case]:
-    """The case with what any policy takes for a score."""
+    """The case with what any policy takes for a score; with "age", values may be merged as CaM does."""
+
+    def scored(merged: int, seed: int | None, **scores: Any) -> Case:
+        rule = replace(case.rule, **scores)
+        if rule.scoring == "age" and merged:
+            rule = replace(rule, merged=merged, seed=None if seed is None else torch.tensor([seed]))
+        return case._replace(rule=rule)
+
     return st.builds(
-        lambda **scores: case._replace(rule=replace(case.rule, **scores)),
+        scored,
+        merged=st.integers(0, 6),
+        seed=st.one_of(st.none(), SEEDS),
         scoring=st.sampled_from(SCORINGS),
         observed=st.integers(1, 8),
         kernel=st.sampled_from([1, 3, 5]),

@@ -85,6 +85,42 @@ class Streaming(Listed):
         return self.tokens[: self.sinks] + self.tokens[len(self.tokens) - self.budget + self.sinks :]
 
 
+def hashed(number: int) -> int:
+    """A 32-bit number from another, by Wellons's lowbias32."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        number ^= number >> shift
+        number = number * factor % 2**32
+    return number ^ (number >> 16)
+
+
+@dataclass
+class CaM(Streaming):
+    """seed: of layer 0, None: the expectation; head: which key/value head this is."""
+
+    merged: int = 1
+    seed: int | None = None
+    head: int = 0
+
+    def rate(self, weights: Tensor, old: int, prompt: bool) -> None:
+        for token, attention in zip(self.tokens, weights[-1].tolist(), strict=True):
+            token.score = attention
+
+    def kept(self) -> list[Token]:
+        kept = super().kept()
+        takers = kept[self.sinks :][: self.merged]
+        mean = sum(token.score for token in takers) / len(takers)
+        for victim in self.tokens[self.sinks : len(self.tokens) - self.budget + self.sinks]:
+            taken = min(1.0, victim.score / mean)
+            if self.seed is not None:
+                base = hashed(hashed(hashed(self.seed)) + self.head)
+                draw = (hashed(base ^ victim.position) >> 8) / 2**24
+                self.margin = min(self.margin, abs(draw - taken))
+                taken = float(draw < taken)
+            for token in takers:
+                token.value = token.value + taken * victim.value / self.merged
+        return kept
+
+
 @dataclass
 class SnapKV(Listed):
     window: int = 1

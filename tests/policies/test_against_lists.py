@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import zsmerge_compile as zs
-from tests.policies.lists import H2O, Listed, SnapKV, Streaming
+from tests.policies.lists import H2O, CaM, Listed, SnapKV, Streaming
 from zsmerge_compile.ops import decode, prefill, reference
 from zsmerge_compile.ops.cpp import build
 from zsmerge_compile.ops.cpp import decode as cpp_decode
@@ -28,7 +28,7 @@ class Choice(NamedTuple):
     """A policy, and the list that is the same."""
 
     policy: CachePolicy
-    listed: Callable[[], Listed]
+    listed: Callable[[int], Listed]  # of a key/value head
 
 
 @st.composite
@@ -36,25 +36,35 @@ def choices(draw: st.DrawFn, name: str) -> Choice:
     budget = draw(st.integers(3, 12))
     if name == "h2o":
         recent = draw(st.integers(1, budget))
-        return Choice(zs.policy(name, budget=budget, recent=recent), lambda: H2O(budget, SCALE, recent=recent))
+        return Choice(zs.policy(name, budget=budget, recent=recent), lambda _: H2O(budget, SCALE, recent=recent))
     if name == "streaming":
         sinks = draw(st.integers(0, budget - 1))
-        return Choice(zs.policy(name, budget=budget, sinks=sinks), lambda: Streaming(budget, SCALE, sinks=sinks))
+        return Choice(zs.policy(name, budget=budget, sinks=sinks), lambda _: Streaming(budget, SCALE, sinks=sinks))
+    if name == "cam":
+        sinks, merged = draw(st.integers(0, budget - 1)), draw(st.sampled_from([1, 2, 3, 5, 32]))
+        seed = draw(st.one_of(st.none(), st.integers(0, 2**32 - 1)))
+        drawn = {"draw": "expectation"} if seed is None else {"seed": seed}
+        return Choice(
+            zs.policy(name, budget=budget, sinks=sinks, merged=merged, **drawn),
+            lambda head: CaM(budget, SCALE, sinks=sinks, merged=merged, seed=seed, head=head),
+        )
     if name == "snapkv":
         given = dict(window=draw(st.integers(1, budget)), kernel=draw(st.sampled_from([1, 3, 5])))
         pooling = draw(st.sampled_from(["avg", "max"]))
         return Choice(
             zs.policy(name, budget=budget, pooling=pooling, **given),
-            lambda: SnapKV(budget, SCALE, pooling=pooling, **given),
+            lambda _: SnapKV(budget, SCALE, pooling=pooling, **given),
         )
-    return Choice(zs.policy("full", budget=100), lambda: Listed(100, SCALE))
+    return Choice(zs.policy("full", budget=100), lambda _: Listed(100, SCALE))
 
 
 class Layer:
     """One layer of a policy by one of the ways to compute it."""
 
-    def __init__(self, policy: CachePolicy, path: str, kv_heads: int, repeats: int, batch: int) -> None:
-        site = Site(0, "", "", kv_heads * repeats, kv_heads, DIM, SCALE)
+    def __init__(
+        self, policy: CachePolicy, path: str, kv_heads: int, repeats: int, batch: int, site: Site | None = None
+    ) -> None:
+        site = site or Site(0, "", "", kv_heads * repeats, kv_heads, DIM, SCALE)
         (layout,) = policy.layouts([site])
         self.rule: Rule = Rule(*policy.arguments(site, layout))
         self.state = State(*policy.allocate(layout, batch, torch.float32, torch.device("cpu")))
@@ -88,7 +98,7 @@ class Layer:
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", ["full", "h2o", "streaming", "snapkv"])
+@pytest.mark.parametrize("name", ["full", "h2o", "streaming", "cam", "snapkv"])
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_same_tokens_and_outputs(name: str, path: str, data: st.DataObject) -> None:
@@ -96,7 +106,7 @@ def test_same_tokens_and_outputs(name: str, path: str, data: st.DataObject) -> N
     choice = data.draw(choices(name))
     kv_heads, repeats, batch = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
     layer = Layer(choice.policy, path, kv_heads, repeats, batch)
-    lists = [[choice.listed() for _ in range(kv_heads)] for _ in range(batch)]
+    lists = [[choice.listed(head) for head in range(kv_heads)] for _ in range(batch)]
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**16)))
 
     def tokens(n: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ from zsmerge_compile.policies import names
 
 STEPS = 25
 GIVEN: dict[str, dict[str, Any]] = {
+    "cam": {"budget": 12, "sinks": 3, "merged": 4},
     "full": {"budget": 60},
     "h2o": {"budget": 12},
     "pyramidkv": {"budget": 14, "window": 4, "beta": 4},
@@ -73,7 +74,7 @@ def test_h2o_and_plain_eviction_are_zsmerge_without_residual() -> None:
     assert_same(zs.compile(model, zs.policy("zeromerge", budget=12), 2, backend="eager"), theirs)
 
 
-@pytest.mark.parametrize("name, format", [("pyramidkv", "onnx"), ("streaming", "pt2")])
+@pytest.mark.parametrize("name, format", [("pyramidkv", "onnx"), ("streaming", "pt2"), ("cam", "onnx"), ("cam", "pt2")])
 def test_compiled_and_exported(name: str, format: str, tmp_path: Path) -> None:
     model, policy = tiny("llama-gqa"), zs.policy(name, **GIVEN[name])
     eager = zs.compile(model, policy, 2, backend="eager")
@@ -141,6 +142,10 @@ def test_saved_caches_name_their_policy(tmp_path: Path) -> None:
         ("zsmerge", {"budget": 12, "size": 3}, "parameters of zsmerge must be budget, proximity, .* 'size'"),
         ("streaming", {"budget": 12, "sinks": 12}, "sinks must be a count below the budget of 12, got 12"),
         ("streaming", {"budget": 12, "sinks": 1.5}, "sinks must be a count below the budget of 12, got 1.5"),
+        ("cam", {"budget": 12, "sinks": -1}, "sinks must be a count below the budget of 12, got -1"),
+        ("cam", {"budget": 12, "merged": 0}, r"merged must be an integer from 1 to 2\*\*32 - 1, got 0"),
+        ("cam", {"budget": 12, "seed": 2**32}, "seed must be an integer from 0 to .*, got 4294967296"),
+        ("cam", {"budget": 12, "draw": "mean"}, "draw must be one of bernoulli, expectation, got 'mean'"),
         ("snapkv", {"budget": 12, "window": 13}, "proximity must be at most the budget"),
         ("snapkv", {"budget": 64, "window": 0.5}, "window must be a count of at least 1, got 0.5"),
         ("snapkv", {"budget": 64, "kernel": 4}, "kernel must be odd"),

@@ -13,28 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zsmerge_compile.ops import cam
 from zsmerge_compile.ops.state import Rule, State
+from zsmerge_compile.ops.tokens import Tokens
 
 NEVER = torch.iinfo(torch.int32).max
-
-
-class Tokens(NamedTuple):
-    """Single tokens that look for a slot; weight 0 marks a hole."""
-
-    key: Tensor  # [b, G, n, D]
-    value: Tensor  # [b, G, n, D]
-    weight: Tensor  # [b, G, n] 1 or 0
-    score: Tensor  # [b, G, n]
-    position: Tensor  # [b, G, n] int32
-
-    def take(self, index: Tensor, live: Tensor) -> Tokens:
-        """The tokens at `index` [b, G, m], of which only those where `live` [b, G, m] count."""
-        rows = index[..., None].expand(*index.shape, self.key.shape[-1])
-        picked = (t.gather(2, index) for t in (self.weight, self.score))
-        weight, score = (torch.where(live, t, 0.0) for t in picked)
-        return Tokens(
-            self.key.gather(2, rows), self.value.gather(2, rows), weight, score, self.position.gather(2, index)
-        )
 
 
 class Residual(NamedTuple):
@@ -57,6 +40,7 @@ def in_turn(residual: Residual, arrivals: Residual) -> Residual:
 
 
 InTurn = Callable[[Residual, Residual], Residual]
+Attention = tuple[Tensor, Tensor]  # received by the slots [b, G, S] and by the new tokens [b, G, n]
 
 
 def fold(
@@ -68,14 +52,16 @@ def fold(
     pads: Tensor,
     rule: Rule,
     in_turn: InTurn = in_turn,
+    attention: Attention | None = None,
 ) -> State:
     """Move n new tokens [b, G, n, D] with scores `received` [b, G, n] into the cache.
 
-    `in_turn` may be a kernel that absorbs arrivals faster than the loop that specifies it.
+    `in_turn` may be a kernel that absorbs arrivals faster than the loop that specifies it; `attention` is what
+    slots and new tokens received, which CaM looks at.
     """
     singles = rule.proximity + 1 + rule.context
     keys, values = (torch.cat([held[:, :, :singles], new], 2) for held, new in ((state.key, key), (state.value, value)))
-    ring, context, victims, after = sort_out(state, keys, values, received, seen, pads, rule)
+    ring, context, victims, after = sort_out(state, keys, values, received, seen, pads, rule, attention)
     residual = absorb(open_residual(state, after, rule.window), victims, rule.merge, in_turn)
     return join(ring, context, residual, state.key.dtype)
 
@@ -90,11 +76,19 @@ class Sorted(NamedTuple):
 
 
 def sort_out(
-    state: State, keys: Tensor, values: Tensor, received: Tensor, seen: Tensor, pads: Tensor, rule: Rule
+    state: State,
+    keys: Tensor,
+    values: Tensor,
+    received: Tensor,
+    seen: Tensor,
+    pads: Tensor,
+    rule: Rule,
+    attention: Attention | None = None,
 ) -> Sorted:
     """Which of the state's ring and context tokens and the n new ones stay where.
 
-    keys, values: [b, G, ring + context + n, *] of those tokens in this order, or whatever stands for them.
+    keys, values: [b, G, ring + context + n, *] of those tokens in this order, or whatever stands for them; `attention`
+    as for `fold`.
     """
     groups, n, ring_size = keys.shape[1], received.shape[2], rule.proximity + 1
     column = torch.arange(n, device=keys.device)
@@ -113,6 +107,9 @@ def sort_out(
     recent = alive & (tokens.position >= after - rule.proximity)
     ring = fill_ring(tokens, recent, ring_size)
     context, victims = choose_context(tokens, alive & ~recent, rule.context, n)
+    if rule.merged:
+        assert attention is not None
+        ring = cam.merge(ring, victims, attention, seen, pads, rule)
     return Sorted(ring, context, victims, after)
 
 

@@ -43,10 +43,11 @@ def extend(
     """
     out, held, received = attend(state, query, key, value, seen, pads, rule)
     if decoded and rule.scoring == "observed":
-        score, received = state.score, torch.full_like(received, scores.DECODED)
+        score, new_score = state.score, torch.full_like(received, scores.DECODED)
     else:
-        score, received = scores.after_prompt(state, held, received, seen, pads, rule)
-    folded = fold(state._replace(score=score), key, value, received, seen, pads, rule)
+        score, new_score = scores.after_prompt(state, held, received, seen, pads, rule)
+    attention = held, received
+    folded = fold(state._replace(score=score), key, value, new_score, seen, pads, rule, attention=attention)
     touched = pads < query.shape[2]
     kept = [
         torch.where(touched.view(-1, *([1] * (old.dim() - 1))), new, old)

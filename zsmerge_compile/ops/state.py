@@ -45,9 +45,11 @@ class Rule:
     alibi_divisor: float = 1.0
     alibi_bf16: bool = False
     scoring: str = "received"  # what a score is (`ops/scores.py`)
-    observed: int = 0  # "observed": queries of a prompt, its last ones, whose attention counts
+    observed: int = 0  # "observed", "age": queries of a prompt, its last ones, whose attention is asked for
     kernel: int = 1  # "observed": tokens, an odd number, over which it is pooled
     pooling: str = "avg"  # "observed": or "max"
+    merged: int = 0  # "age": tokens that take the value of one that leaves (`ops/cam.py`); 0: it is lost
+    seed: Tensor | None = None  # [1] int64, of CaM's draws; None: their expectation
 
 
 @dataclass(frozen=True)

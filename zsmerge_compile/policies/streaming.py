@@ -34,7 +34,12 @@ class StreamingPolicy(Evicting):
 def make(budget: Any, sinks: int = 4, prefill: str = "full", chunk: int = 512) -> StreamingPolicy:
     """Raises ConfigError."""
     config = ZSMergeConfig(budget, 1, residual=0, alpha=0.0, decay=0.0, prefill=prefill, chunk=chunk)
+    check_sinks(sinks, config)
+    return StreamingPolicy(config, sinks=sinks, prefill=prefill, chunk=chunk)
+
+
+def check_sinks(sinks: int, config: ZSMergeConfig) -> None:
+    """Raises ConfigError where a layer has no slot besides them."""
     smallest = config.budget if isinstance(config.budget, int) else min(config.budget)
     if not isinstance(sinks, int) or isinstance(sinks, bool) or not 0 <= sinks < smallest:
         raise ConfigError(must("sinks", f"a count below the budget of {smallest}", repr(sinks)))
-    return StreamingPolicy(config, sinks=sinks, prefill=prefill, chunk=chunk)
