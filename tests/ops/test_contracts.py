@@ -19,6 +19,7 @@ LAYOUT = LayerLayout(heads=4, kv_heads=2, head_dim=16, proximity=31, context=30,
 RULE = Rule(LAYOUT.proximity, LAYOUT.context, 0.6, 0.98, 0.25)
 SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
 CAM = replace(RULE, scoring="age", observed=1, merged=8, seed=torch.tensor([7]))
+SETS = replace(RULE, sets="threshold", pinned=9, threshold=0.1, sigma=2.0)
 ALIBI = replace(RULE, window=128, slopes=SLOPES, alibi_divisor=4.0, alibi_bf16=True)
 
 
@@ -31,7 +32,7 @@ def arguments(n: int, rule: Rule, dtype: torch.dtype = torch.float32) -> tuple[A
     return q, k, v, *state, torch.arange(2), seen, torch.tensor([0, 3]), *contracts.spelled(rule)
 
 
-@pytest.mark.parametrize("rule", [RULE, ALIBI, CAM], ids=["causal", "alibi-window", "cam"])
+@pytest.mark.parametrize("rule", [RULE, ALIBI, CAM, SETS], ids=["causal", "alibi-window", "cam", "kvmerger"])
 @pytest.mark.parametrize(("op", "n"), [(contracts.DECODE, 1), (contracts.EXTEND, 40)], ids=["decode", "extend"])
 def test_opcheck_cache_ops(op: Any, n: int, rule: Rule) -> None:
     torch.library.opcheck(op, arguments(n, rule))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -11,13 +12,14 @@ from torch import Tensor
 
 @dataclass
 class Token:
-    """One token that is kept; prompt: it came with a prompt."""
+    """One token that is kept, or several merged; prompt: it came with a prompt; position: of the newest."""
 
     key: Tensor  # [D]
     value: Tensor  # [D]
     position: int
     prompt: bool
     score: float = 0.0
+    weight: int = 1
 
 
 @dataclass
@@ -47,9 +49,12 @@ class Listed:
             weights[j, :end] = attention.sum(0)
             outs.append(attention @ values[:end])
         self.rate(weights, old, prompt)
-        if len(self.tokens) > self.budget:
-            self.tokens = self.kept()
+        self.tokens = self.left(prompt)
         return torch.stack(outs, 1)
+
+    def left(self, prompt: bool) -> list[Token]:
+        """What stays after a prompt or a step."""
+        return self.kept() if len(self.tokens) > self.budget else self.tokens
 
     def rate(self, weights: Tensor, old: int, prompt: bool) -> None:
         """Set the scores, from the attention [n, tokens] that the new tokens paid to all."""
@@ -119,6 +124,50 @@ class CaM(Streaming):
             for token in takers:
                 token.value = token.value + taken * victim.value / self.merged
         return kept
+
+
+@dataclass
+class KVMerger(H2O):
+    top: int = 0
+    fixed: bool = False
+    threshold: float = 0.75
+    sigma: float = 5.0
+    normalized: bool = False
+
+    def left(self, prompt: bool) -> list[Token]:
+        if not prompt:
+            return super().left(prompt)
+        others, recent = self.tokens[: -self.recent], self.tokens[-self.recent :]
+        high = self.best(others, self.top)
+        rest = [token for token in others if all(token is not one for one in high)]
+        merged = [self.merged(members) for members in self.sets(rest)]
+        return sorted([*high, *merged], key=lambda token: token.position) + recent
+
+    def sets(self, tokens: list[Token]) -> list[list[Token]]:
+        """Contiguous ones, no more than there are slots."""
+        cosines = [
+            (float(torch.cosine_similarity(a.key, b.key, dim=0)), number)
+            for number, (a, b) in enumerate(itertools.pairwise(tokens), 1)
+        ]
+        if not self.fixed:
+            self.margin = min([self.margin, *(abs(cosine - self.threshold) for cosine, _ in cosines)])
+            cosines = [pair for pair in cosines if pair[0] <= self.threshold]
+        cosines.sort()
+        cuts = self.budget - self.recent - self.top - 1
+        if 0 < cuts < len(cosines):
+            self.margin = min(self.margin, cosines[cuts][0] - cosines[cuts - 1][0])
+        places = [0, *sorted(number for _, number in cosines[:cuts]), len(tokens)]
+        return [tokens[start:stop] for start, stop in itertools.pairwise(places) if start < stop]
+
+    def merged(self, members: list[Token]) -> Token:
+        (pivot,) = self.best(members, 1)
+        near = torch.stack([torch.exp(-(pivot.key - m.key).square().sum() / (2 * self.sigma**2)) for m in members])
+        share = near / near.sum()
+        key, value = (share @ torch.stack([getattr(m, name) for m in members]) for name in ("key", "value"))
+        if not self.normalized:
+            value = value * len(members)
+        score, weight = sum(m.score for m in members), sum(m.weight for m in members)
+        return Token(key, value, members[-1].position, True, score, weight)
 
 
 @dataclass

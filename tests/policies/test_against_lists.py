@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import zsmerge_compile as zs
-from tests.policies.lists import H2O, CaM, Listed, SnapKV, Streaming
+from tests.policies.lists import H2O, CaM, KVMerger, Listed, SnapKV, Streaming
 from zsmerge_compile.ops import decode, prefill, reference
 from zsmerge_compile.ops.cpp import build
 from zsmerge_compile.ops.cpp import decode as cpp_decode
 from zsmerge_compile.ops.cpp import extend as cpp_extend
 from zsmerge_compile.ops.policy import CachePolicy, Site
+from zsmerge_compile.ops.sets import SETS
 from zsmerge_compile.ops.state import Rule, State
 
 DIM, SCALE, CLOSE = 4, 0.5, 1e-5
@@ -47,6 +48,16 @@ def choices(draw: st.DrawFn, name: str) -> Choice:
         return Choice(
             zs.policy(name, budget=budget, sinks=sinks, merged=merged, **drawn),
             lambda head: CaM(budget, SCALE, sinks=sinks, merged=merged, seed=seed, head=head),
+        )
+    if name == "kvmerger":
+        recent = draw(st.integers(1, budget - 1))
+        given = dict(recent=recent, top=draw(st.integers(0, budget - recent - 1)))
+        sets, normalized = draw(st.sampled_from(SETS)), draw(st.booleans())
+        threshold, sigma = draw(st.sampled_from([-0.5, 0.0, 0.5, 0.75])), draw(st.sampled_from([0.5, 2.0, 5.0]))
+        how = dict(threshold=threshold, sigma=sigma)
+        return Choice(
+            zs.policy(name, budget=budget, sets=sets, normalized=normalized, **given, **how),
+            lambda _: KVMerger(budget, SCALE, **given, fixed=sets == "fixed", normalized=normalized, **how),
         )
     if name == "snapkv":
         given = dict(window=draw(st.integers(1, budget)), kernel=draw(st.sampled_from([1, 3, 5])))
@@ -92,13 +103,16 @@ class Layer:
         self.seen += 1
         return out
 
+    def weights(self, row: int, head: int) -> list[int]:
+        return [int(weight) for weight in self.state.weight[row, head] if weight > 0]
+
     def positions(self, row: int, head: int) -> list[int]:
         held = self.state.position[row, head][self.state.weight[row, head] > 0]
         return sorted(int(position) for position in held)
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", ["full", "h2o", "streaming", "cam", "snapkv"])
+@pytest.mark.parametrize("name", ["full", "h2o", "streaming", "cam", "kvmerger", "snapkv"])
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_same_tokens_and_outputs(name: str, path: str, data: st.DataObject) -> None:
@@ -124,6 +138,7 @@ def test_same_tokens_and_outputs(name: str, path: str, data: st.DataObject) -> N
                 assume(listed.margin > 1e-5)
                 torch.testing.assert_close(out[row, mine, pad:].double(), expected, atol=CLOSE, rtol=CLOSE)
                 assert layer.positions(row, head) == [token.position for token in listed.tokens]
+                assert sorted(layer.weights(row, head)) == sorted(token.weight for token in listed.tokens)
 
     for turn in range(data.draw(st.integers(1, 2))):
         n = data.draw(st.integers(2, 20))

@@ -77,6 +77,8 @@ def _triton_refuses(program: Program) -> str | None:
 
     if program.policy.scoring != "received":
         return f"the scores of {program.policy.name}"
+    if program.policy.merges_context:
+        return f"the merging of {program.policy.name}"
     capability = torch.cuda.get_device_capability(program.device)
     shapes = {(layout.head_dim, layout.heads, layout.kv_heads) for layout in program.layouts}
     reasons = (supports(program.dtype, *shape, capability) for shape in sorted(shapes))

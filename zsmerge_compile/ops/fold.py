@@ -2,7 +2,8 @@
 
 The ring keeps the newest `proximity` tokens; those that left it join the context's candidates, of which the best
 `context` scores stay (of equals the newer); the rest go to the residual in position order. Slots that the window has
-passed are emptied first. Shapes: b rows, G key/value heads, n new tokens, S slots, R residual slots, D head dim.
+passed are emptied first. Two policies merge otherwise: `ops/cam.py`, `ops/sets.py`.
+Shapes: b rows, G key/value heads, n new tokens, S slots, R residual slots, D head dim.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zsmerge_compile.ops import cam
+from zsmerge_compile.ops import cam, sets
 from zsmerge_compile.ops.state import Rule, State
 from zsmerge_compile.ops.tokens import Tokens
 
@@ -106,7 +107,11 @@ def sort_out(
     alive = (tokens.weight > 0) & in_window(tokens.position, after, rule.window)
     recent = alive & (tokens.position >= after - rule.proximity)
     ring = fill_ring(tokens, recent, ring_size)
-    context, victims = choose_context(tokens, alive & ~recent, rule.context, n)
+    candidate = alive & ~recent
+    if rule.sets is None:
+        context, victims = choose_context(tokens, candidate, rule.context, n)
+    else:
+        context, victims = merge_context(tokens, candidate, n, rule)
     if rule.merged:
         assert attention is not None
         ring = cam.merge(ring, victims, attention, seen, pads, rule)
@@ -135,6 +140,15 @@ def choose_context(tokens: Tokens, candidate: Tensor, context: int, n: int) -> t
     victim = torch.zeros_like(candidate).scatter(2, left, candidate.gather(2, left))
     by_age = torch.where(victim, tokens.position, NEVER).argsort(dim=2, stable=True)[..., :n]
     return tokens.take(kept, candidate.gather(2, kept)), tokens.take(by_age, victim.gather(2, by_age))
+
+
+def merge_context(tokens: Tokens, candidate: Tensor, n: int, rule: Rule) -> tuple[Tokens, Tokens]:
+    """The best `pinned` candidates by score, and the others merged in sets, one a slot; and n holes: no victims."""
+    pinned, rest = choose_context(tokens, candidate, rule.pinned, tokens.weight.shape[2])
+    merged = sets.merge(rest, rule.context - rule.pinned, rule)
+    context = Tokens(*(torch.cat(pair, 2) for pair in zip(pinned, merged, strict=True)))
+    victims = Tokens(*(t[:, :, :n] for t in rest))
+    return context, victims._replace(weight=torch.zeros_like(victims.weight))
 
 
 def open_residual(state: State, after: Tensor, window: int | None) -> Residual:

@@ -50,6 +50,11 @@ class Rule:
     pooling: str = "avg"  # "observed": or "max"
     merged: int = 0  # "age": tokens that take the value of one that leaves (`ops/cam.py`); 0: it is lost
     seed: Tensor | None = None  # [1] int64, of CaM's draws; None: their expectation
+    sets: str | None = None  # "threshold", "fixed": a prompt's context tokens are merged in sets (`ops/sets.py`)
+    pinned: int = 0  # sets: context slots of the highest scores, which are not merged
+    threshold: float = 0.75  # sets: cosine up to which adjacent keys may be parted
+    sigma: float = 5.0  # sets: distance over which members lose their share
+    normalized: bool = False  # sets: values are means, not sums
 
 
 @dataclass(frozen=True)

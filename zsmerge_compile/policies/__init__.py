@@ -14,7 +14,7 @@ from zsmerge_compile.errors import ConfigError, must
 from zsmerge_compile.ops.policy import CachePolicy
 
 # Name -> the file whose `make` builds it. ZeroMerge is an earlier name of ZSMerge.
-_FILES = {name: name for name in ("cam", "full", "h2o", "pyramidkv", "snapkv", "streaming", "zsmerge")} | {
+_FILES = {name: name for name in ("cam", "full", "h2o", "kvmerger", "pyramidkv", "snapkv", "streaming", "zsmerge")} | {
     "zeromerge": "zsmerge"
 }
 

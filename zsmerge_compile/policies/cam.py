@@ -36,6 +36,7 @@ class CaMPolicy(StreamingPolicy):
 
     name = "cam"
     observed = 1
+    merges_context = True
 
     def rule(self, site: Site, layout: LayerLayout) -> Rule:
         told = self.describe()

@@ -29,6 +29,7 @@ class ZSMergePolicy:
     name = "zsmerge"
     state_fields: tuple[str, ...] = State._fields
     scoring = "received"
+    merges_context = False
     observed, kernel, pooling = 0, 1, "avg"
     max_tokens: int | None = None  # tokens a row may hold at most
 
