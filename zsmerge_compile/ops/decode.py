@@ -2,8 +2,9 @@
 
 Equal to `reference.extend` with n = 1, but in place and with static shapes only. One step changes at most four
 slots of a head: the ring slot of the new token, the ring slot of the token that leaves, the context slot it takes,
-and one residual slot; a move that does not happen writes a slot's old content back. Concatenated indices keep it
-to one `index_put_` per buffer: Inductor re-inplaces that, and copies the whole of K and V for anything else.
+and one residual slot; and for CaM the values of some ring slots more. A move that does not happen writes a slot's old
+content back. Concatenated indices keep it to one `index_put_` per buffer: Inductor re-inplaces that, and copies the
+whole of K and V for anything else.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zsmerge_compile.ops import places, scores
+from zsmerge_compile.ops import cam, places, scores
 from zsmerge_compile.ops.state import Rule, State, alibi_bias
 
 NEVER = torch.iinfo(torch.int32).max
@@ -88,7 +89,9 @@ def step(
         weight = torch.where(at + 1 - position < rule.expiry, weight, 0.0)
         score = torch.where(weight > 0, score, 0.0)
     moves = find_moves(weight, score, position, entering, at, rule)
-    move(state, State(state.key, state.value, weight, score, position, *state[5:]), key, value, moves, alive_row)
+    gift = cam.gift(mass, moves.leaving, moves.leaves & ~moves.promoted, at, rule) if rule.merged else None
+    now = State(state.key, state.value, weight, score, position, *state[5:])
+    move(state, now, key, value, moves, alive_row, gift)
     return out
 
 
@@ -133,7 +136,9 @@ def find_moves(weight: Tensor, score: Tensor, position: Tensor, entering: Tensor
     return Moves(entering, leaving, leaves, place, leaves & (lowest <= score.gather(2, leaving)))
 
 
-def move(old: State, now: State, key: Tensor, value: Tensor, moves: Moves, alive_row: Tensor) -> None:
+def move(
+    old: State, now: State, key: Tensor, value: Tensor, moves: Moves, alive_row: Tensor, gift: cam.Gift | None = None
+) -> None:
     """Carry out the moves of one step on `old`, in place; `now` has this step's weights, scores and positions."""
     place = moves.leaving if moves.place is None else moves.place
     stays = torch.cat([moves.leaving, place], 2)  # the two tokens one of which is the victim
@@ -164,7 +169,13 @@ def move(old: State, now: State, key: Tensor, value: Tensor, moves: Moves, alive
         values.append(merged[1].to(value.dtype))
         for parts, new in zip((weights, scores, positions), merged[2:], strict=True):
             parts.append(new)
-    write(old, now, slots, keys, values, weights, scores, positions, alive_row)
+    value_slots = slots
+    if gift is not None:
+        victim_value = pair_value[:, :, :1]
+        values[0] = gift.added(value, victim_value) if gift.to_new else value
+        value_slots = [*slots, gift.slots]
+        values.append(gift.added(pick(old.value, gift.slots), victim_value))
+    write(old, now, slots, value_slots, keys, values, weights, scores, positions, alive_row)
 
 
 def merge(
@@ -208,6 +219,7 @@ def write(
     old: State,
     now: State,
     slots: list[Tensor],
+    value_slots: list[Tensor],
     keys: list[Tensor],
     values: list[Tensor],
     weights: list[Tensor],
@@ -216,9 +228,9 @@ def write(
     alive_row: Tensor,
 ) -> None:
     """Write the step's slots, one `index_put_` per buffer; rows that are not active get their old content back."""
-    index = torch.cat(slots, 2)  # [B, G, k], all different
-    for buffer, parts in ((old.key, keys), (old.value, values)):
-        put(buffer, index, torch.where(alive_row[..., None], torch.cat(parts, 2), pick(buffer, index)))
+    index = torch.cat(slots, 2)  # [B, G, k], all different, as are the values'
+    for buffer, where, parts in ((old.key, index, keys), (old.value, torch.cat(value_slots, 2), values)):
+        put(buffer, where, torch.where(alive_row[..., None], torch.cat(parts, 2), pick(buffer, where)))
     put(old.position, index, torch.where(alive_row, torch.cat(positions, 2), old.position.gather(2, index)))
     for buffer, whole, parts in ((old.weight, now.weight, weights), (old.score, now.score, scores)):
         changed = whole.scatter(2, index, torch.cat(parts, 2))

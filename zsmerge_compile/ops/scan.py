@@ -20,6 +20,7 @@ from torch._higher_order_ops.scan import scan
 from zsmerge_compile.ops import fold, places, reference, scores
 from zsmerge_compile.ops.fold import Residual
 from zsmerge_compile.ops.state import Rule, State
+from zsmerge_compile.ops.tokens import Tokens
 
 BLOCK = 64  # columns that attend at a time
 
@@ -46,11 +47,13 @@ def extend(
     attends = attend if rule.places == "text" else attend_placed
     out, held, received = attends(state, query, key, value, seen, pads, rule)
     key = places.kept(key, (seen - pads)[:, None] + torch.arange(key.shape[2], device=key.device), rule)
-    score, received = scores.after_prompt(state, held, received, seen, pads, rule)
+    score, new_score = scores.after_prompt(state, held, received, seen, pads, rule)
     scored = state._replace(score=score)
     singles = rule.proximity + 1 + rule.context
     keys, values = (torch.cat([had[:, :, :singles], new], 2) for had, new in ((state.key, key), (state.value, value)))
-    ring, context, victims, after = fold.sort_out(scored, keys, values, received, seen, pads, rule)
+    ring, context, victims, after = fold.sort_out(
+        scored, keys, values, new_score, seen, pads, rule, (held, received)
+    )
     residual = absorb(fold.open_residual(scored, after, rule.window), victims, rule.merge)
     folded = fold.join(ring, context, residual, state.key.dtype)
     kept = [
@@ -127,7 +130,7 @@ def attend_placed(
     return out.movedim(0, 2).flatten(2, 3), torch.zeros_like(state.score), received
 
 
-def absorb(residual: Residual, victims: fold.Tokens, merge: str) -> Residual:
+def absorb(residual: Residual, victims: Tokens, merge: str) -> Residual:
     """As `fold.absorb`."""
     size = residual.weight.shape[2]
     if size == 0:
