@@ -16,10 +16,10 @@ from torch import Tensor
 
 import zsmerge_compile
 from zsmerge_compile import tensor_file
-from zsmerge_compile.bundles import graphs as made
 from zsmerge_compile.bundles import manifest
-from zsmerge_compile.bundles.graphs import WEIGHTS
+from zsmerge_compile.bundles.manifest import WEIGHTS
 from zsmerge_compile.errors import BundleError, InputError, MissingBackendError, must
+from zsmerge_compile.lower import standard
 from zsmerge_compile.runtime.model import CompiledModel
 
 FORMATS = ("pt2", "aoti", "onnx")
@@ -60,11 +60,11 @@ def export(
 
 def _write(compiled: CompiledModel, folder: Path, format: str, tokenizer: Any) -> None:
     program, kind = compiled.program, import_module(f"zsmerge_compile.bundles.{format}")
-    graphs = made.graphs(program)
+    graphs = standard.graphs(program)
     tensor_file.write({name: _own(tensor) for name, tensor in graphs.weights.items()}, folder / WEIGHTS)
     programs = {}
     for name in ("prefill", "decode"):
-        graph: made.Graph = getattr(graphs, name)
+        graph: standard.Graph = getattr(graphs, name)
         kind.write(graph, graphs.weights, folder / f"{name}{kind.SUFFIX}")
         programs[name] = {"file": f"{name}{kind.SUFFIX}", "inputs": list(graph.inputs), "weights": list(graph.weights)}
     for name in ("config", "generation_config"):

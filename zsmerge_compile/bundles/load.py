@@ -16,8 +16,7 @@ from torch import Tensor
 
 from zsmerge_compile.bundles import manifest as manifests
 from zsmerge_compile.bundles.export import FORMATS
-from zsmerge_compile.bundles.graphs import WEIGHTS
-from zsmerge_compile.bundles.manifest import Manifest
+from zsmerge_compile.bundles.manifest import WEIGHTS, Manifest
 from zsmerge_compile.errors import BundleError, InputError, must
 from zsmerge_compile.runtime.runner import Runner
 
