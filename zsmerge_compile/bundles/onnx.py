@@ -35,14 +35,25 @@ OUT = "_out"  # what a state tensor's name ends with as an output
 
 def write(graph: Graph, weights: dict[str, Tensor], path: Path) -> None:
     """The graph's model at `path`, beside the weights' file. Raises MissingBackendError or BundleError."""
-    onnx = _library("onnx")
-    _library("onnxscript")
+    require()
     if any(tensor.dtype not in _NUMPY for tensor in (*graph.example, *weights.values())):
         raise BundleError(
             must("dtype of an onnx bundle", "float32 or float16", "bfloat16, which onnxruntime cannot run on a CPU")
         )
     program = exported(functional(graph), weights)
     _refuse_bfloat16(program.graph_module)
+    translate(graph, program, path)
+
+
+def require() -> None:
+    """Raises MissingBackendError where models cannot be written."""
+    _library("onnx")
+    _library("onnxscript")
+
+
+def translate(graph: Graph, program: torch.export.ExportedProgram, path: Path) -> None:
+    """The functional program of the graph as a model at `path`, in any dtype, beside the weights' file."""
+    onnx = _library("onnx")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about its pytrees and its translation
         made = torch.onnx.export(
