@@ -18,21 +18,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
+
+from zsmerge_compile.lower.constants import Constants, is_arange
+from zsmerge_compile.passes.graph import call
 
 INDEX, PUT = torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default
 
 
 def slot_access(program: torch.export.ExportedProgram) -> int:
     """Rewrite the program's graph, which is functional, where it stands; returns the number of reads and writes."""
-    gm, known, count = program.graph_module, dict[fx.Node, Any](), 0
+    gm, constants, count = program.graph_module, Constants(program), 0
     for target in (INDEX, PUT):
         for node in gm.graph.find_nodes(op="call_function", target=target):
-            if not _by_slot(node, known):
-                continue
-            with gm.graph.inserting_before(node):
-                _replace(gm.graph, node)
-            count += 1
+            if _by_slot(node, constants):
+                with gm.graph.inserting_before(node):
+                    _replace(gm.graph, node)
+                count += 1
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return count
@@ -44,45 +46,22 @@ def several_indices(program: torch.export.ExportedProgram) -> list[str]:
     return [node.name for node in nodes if node.target in (INDEX, PUT) and sum(i is not None for i in node.args[1]) > 1]
 
 
-def _by_slot(node: fx.Node, known: dict[fx.Node, Any]) -> bool:
-    indices = node.args[1]
-    assert isinstance(indices, list | tuple)
+def _by_slot(node: fx.Node, constants: Constants) -> bool:
+    indices: Any = node.args[1]
     if len(indices) != 3 or not all(isinstance(index, fx.Node) for index in indices) or len(node.args) > 3:
         return False
-    batch, groups, _ = indices[2].meta["val"].shape  # type: ignore[union-attr]
-    expected = torch.arange(batch)[:, None, None], torch.arange(groups)[None, :, None]
-    found = (_constant(index, known) for index in indices[:2])  # type: ignore[arg-type]
-    return all(x is not None and torch.equal(x.cpu(), y) for x, y in zip(found, expected, strict=True))
+    batch, groups, _ = indices[2].meta["val"].shape
+    shapes = (batch, 1, 1), (1, groups, 1)
+    return all(is_arange(constants.value(index), shape) for index, shape in zip(indices[:2], shapes, strict=True))
 
 
 def _replace(graph: fx.Graph, node: fx.Node) -> None:
     arguments: Any = node.args
     buffer, (_, _, slot), *new = arguments
     shape = buffer.meta["val"].shape
-    wide = slot
     if len(shape) == 4:
-        alone = _call(graph, torch.ops.aten.unsqueeze.default, slot, 3)
-        wide = _call(graph, torch.ops.aten.expand.default, alone, [-1, -1, -1, shape[3]])
+        slot = call(graph, torch.ops.aten.unsqueeze.default, slot, 3)
+        slot = call(graph, torch.ops.aten.expand.default, slot, [-1, -1, -1, shape[3]])
     op = torch.ops.aten.scatter.src if new else torch.ops.aten.gather.default
-    result = graph.call_function(op, (buffer, 2, wide, *new))
-    result.meta = dict(node.meta)
-    node.replace_all_uses_with(result)
+    node.replace_all_uses_with(call(graph, op, buffer, 2, slot, *new))
     graph.erase_node(node)
-
-
-def _call(graph: fx.Graph, op: Any, argument: Any, *rest: Any) -> fx.Node:
-    node = graph.call_function(op, (argument, *rest))
-    node.meta["val"] = op(argument.meta["val"], *rest)
-    return node
-
-
-def _constant(node: fx.Node, known: dict[fx.Node, Any]) -> Tensor | None:
-    """The value of a node that rests on no input, None for others."""
-    if node not in known:
-        inputs = [_constant(used, known) for used in node.all_input_nodes]
-        known[node] = None
-        if node.op == "call_function" and all(value is not None for value in inputs):
-            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda used: known[used])
-            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    value: Tensor | None = known[node]
-    return value

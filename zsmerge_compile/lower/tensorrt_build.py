@@ -19,6 +19,7 @@ from zsmerge_compile.lower.plan import Binding
 from zsmerge_compile.lower.slot_access import several_indices, slot_access
 from zsmerge_compile.lower.standard import Graph, exported, graphs
 from zsmerge_compile.lower.tensorrt_needs import library
+from zsmerge_compile.lower.tensorrt_spelling import tensorrt_spelling
 from zsmerge_compile.program import Program
 
 
@@ -74,6 +75,7 @@ def respelled(program: torch.export.ExportedProgram) -> torch.export.ExportedPro
     """The program with gather and scatter for slots (`slot_access.py`). Raises UnsupportedGraphError."""
     done = program.run_decompositions({})
     slot_access(done)
+    tensorrt_spelling(done)
     left = several_indices(done)
     if left:
         raise UnsupportedGraphError(must("indexing for TensorRT", "of one axis at a time", f"several in {left[0]}"))
