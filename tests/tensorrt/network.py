@@ -82,6 +82,9 @@ class Layer:
             raise AttributeError(f"{self.kind} layer has no {name}")
         return self.settings[name]
 
+    def forget(self) -> None:
+        self.__dict__["_values"] = None
+
     def get_output(self, number: int) -> NetworkTensor:
         return self._outputs[number]
 
@@ -91,7 +94,7 @@ class Layer:
     def set_input(self, number: int, tensor: NetworkTensor) -> None:
         self.inputs.extend([None] * (number + 1 - len(self.inputs)))
         self.inputs[number] = tensor
-        self.__dict__["_values"] = None
+        self.forget()
 
     def given(self, number: int) -> Tensor:
         return self.inputs[number].value
@@ -278,20 +281,32 @@ class Network:
 
     def __init__(self, examples: Sequence[Tensor]) -> None:
         self._examples = iter(examples)
+        self._inputs: list[Layer] = []
+        self._all: list[Layer] = []
         self.outputs: list[NetworkTensor] = []
         self.layers: Counter[str] = Counter()
+
+    def run(self, *inputs: Tensor) -> list[Tensor]:
+        """The outputs for other inputs of the same shapes."""
+        for layer, value in zip(self._inputs, inputs, strict=True):
+            layer.value = value
+        for layer in self._all:
+            layer.forget()
+        return [output.value for output in self.outputs]
 
     def get_flag(self, flag: Any) -> bool:
         return bool(flag.name == "STRONGLY_TYPED")
 
     def _layer(self, kind: str, run: Any, *inputs: Any, **settings: Any) -> Layer:
         self.layers[kind] += 1
-        return Layer(kind, run, *inputs, **settings)
+        self._all.append(Layer(kind, run, *inputs, **settings))
+        return self._all[-1]
 
     def add_input(self, name: str, dtype: Any, shape: Sequence[int]) -> NetworkTensor:
         value = next(self._examples)
         assert (_trt_dtype(value.dtype), tuple(value.shape)) == (dtype, tuple(shape)), f"input {name}: {dtype} {shape}"
-        tensor = Layer("input", lambda _: value).get_output(0)
+        self._inputs.append(Layer("input", lambda layer: layer.value, value=value))
+        tensor = self._inputs[-1].get_output(0)
         tensor.name, tensor.is_network_input = name, True
         return tensor
 

@@ -123,12 +123,15 @@ def segments(compiled: Any) -> tuple[list[str], int, Counter[str]]:
             engines.append(str(node.target))
         elif node.op == "call_module":
             inner = compiled.get_submodule(str(node.target)).graph.nodes
-            rest.update(str(used.target) for used in inner if used.op == "call_function")
+            rest.update(str(used.target) for used in inner if _computes(used))
             others += 1
-        elif node.op == "call_function" and node.target is not operator.getitem:
-            rest[str(node.target)] += 1
-    loose = sum(1 for node in compiled.graph.nodes if node.op == "call_function" and str(node.target) in rest)
+    loose = [str(node.target) for node in compiled.graph.nodes if _computes(node)]
+    rest.update(loose)
     return engines, others + (1 if loose else 0), rest
+
+
+def _computes(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is not operator.getitem
 
 
 def wiring(compiled: Any, engine: Any) -> Binding:
