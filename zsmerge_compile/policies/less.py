@@ -27,19 +27,20 @@ from zsmerge_compile.policies.streaming import check_sinks
 from zsmerge_compile.policies.zsmerge import Evicting
 
 EVICTIONS = ("h2o", "streaming")
+RANK, HIDDEN = 8, 512  # as published; of random weights
 SHIPPED = ("falcon", "llama", "mistral")
 FILE = "less.safetensors"
 
 
 class LESSPolicy(Evicting):
-    """budget; weights (a file of `tools/train_less`, tensors by name, or a shipped model: falcon, llama, mistral);
-    eviction ("h2o" or "streaming"); recent (h2o: a count, or a share as float), sinks (streaming: tokens, 4); prefill
-    and chunk as `ZSMergeConfig`."""
+    """budget; weights (a file of `tools/train_less`, tensors by name, a shipped model: falcon, llama, mistral; or
+    "random", of the published sizes, to measure time and memory by); eviction ("h2o" or "streaming"); recent (h2o: a
+    count, or a share as float), sinks (streaming: tokens, 4); prefill and chunk as `ZSMergeConfig`."""
 
     name = "less"
     state_fields = less.STATE_FIELDS
 
-    def __init__(self, config: ZSMergeConfig, tensors: Mapping[str, Tensor], **parameters: Any) -> None:
+    def __init__(self, config: ZSMergeConfig, tensors: Mapping[str, Tensor] | None, **parameters: Any) -> None:
         super().__init__(config, **parameters)
         self.decode_op, self.extend_op = less.DECODE, less.EXTEND
         self.scoring = "age" if parameters["eviction"] == "streaming" else "received"
@@ -61,6 +62,10 @@ class LESSPolicy(Evicting):
 
     def maps(self, site: Site) -> less.Maps:
         """A layer's feature maps. Raises ConfigError."""
+        if self.tensors is None:
+            generator = torch.Generator().manual_seed(site.layer)
+            sizes = expected(site.heads, site.kv_heads, site.head_dim, HIDDEN, RANK)
+            return less.Maps(*(torch.randn(size, generator=generator) * 0.02 for size in sizes))
         found = [self.tensors.get(f"{site.layer}.{name}") for name in less.Maps._fields]
         rank, hidden = (0, 0) if found[1] is None else (found[1].shape[-1], found[1].shape[-2])
         shapes = expected(site.heads, site.kv_heads, site.head_dim, hidden, rank)
@@ -75,7 +80,8 @@ class LESSPolicy(Evicting):
         self, layout: LayerLayout, batch_size: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, ...]:
         """An empty state of one layer."""
-        rows = (batch_size, layout.kv_heads, self.tensors["0.w2"].shape[-1])
+        rank = RANK if self.tensors is None else self.tensors["0.w2"].shape[-1]
+        rows = (batch_size, layout.kv_heads, rank)
         low_rank = torch.zeros(*rows, layout.head_dim, dtype=torch.float32, device=device)
         return (*allocate(layout, batch_size, dtype, device), low_rank, torch.zeros_like(low_rank[..., 0]))
 
@@ -113,14 +119,16 @@ def make(
     return LESSPolicy(config, _read(weights), **parameters)
 
 
-def _read(weights: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _read(weights: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
     if isinstance(weights, Mapping):
         return weights
+    if weights == "random":
+        return None
     path = Path(weights)
     if str(weights) in SHIPPED:
         path = Path(__file__).parents[1] / "assets" / f"{weights}-stdlib" / FILE
     if not path.is_file():
-        what = f"a file of tools/train_less, or one of {', '.join(SHIPPED)}"
+        what = f"a file of tools/train_less, or one of {', '.join(SHIPPED)}, random"
         raise ConfigError(must("weights", what, repr(str(weights))))
     from safetensors import SafetensorError
     from safetensors.torch import load_file
