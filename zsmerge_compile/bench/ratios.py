@@ -136,9 +136,13 @@ def _ideal(base: Record, ours: Record) -> float:
 def _against_plain(records: list[Record]) -> Iterator[Ratio]:
     plain = {(*_place(r), r.method, r.budget): r for r in records if r.method in ("plain", "op-plain")}
     for ours in records:
-        method = {"zsmerge": "plain", "op": "op-plain"}.get(ours.method)
+        method = {"zsmerge": "plain", "policy": "plain", "op": "op-plain"}.get(ours.method)
         base = plain.get((*_place(ours), method, ours.budget))
         if base is None:
+            continue
+        if ours.policy is not None:
+            unsure = ", op not checked" if ours.check == "not checked" else ""
+            yield _made(ours, f"of plain attention's step: {ours.policy}{unsure}", _ms(ours) / _ms(base))
             continue
         limit = 1.10 if ours.device == "cuda" else 1.25 if ours.method == "zsmerge" else 1.5
         held = ours.device == "cuda" or ours.method == "zsmerge" or ours.slots >= 4096

@@ -29,7 +29,7 @@ class Choice:
     @property
     def text(self) -> str:
         """As it would be written on the command line."""
-        given = ",".join(f"{key}={str(value).lower()}" for key, value in self.parameters.items())
+        given = ",".join(f"{key}={_word(value)}" for key, value in self.parameters.items())
         return f"{self.name}:{given}" if given else self.name
 
     def make(self, budget: int, **options: Any) -> CachePolicy:
@@ -77,6 +77,10 @@ def _made(choice: Choice) -> CachePolicy | None:
         return choice.make(ROOMY)
     except ConfigError:
         return None
+
+
+def _word(value: object) -> str:
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _value(text: str) -> Any:
