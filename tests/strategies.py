@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from zsmerge_compile.ops.scores import POOLINGS, SCORINGS
+from zsmerge_compile.ops.sets import SETS
 from zsmerge_compile.ops.state import LayerLayout, Rule, State, allocate
 
 
@@ -84,9 +85,29 @@ def cases(
 
 
 def with_any_scores(case: Case) -> st.SearchStrategy[Case]:
-    """The case with what any policy takes for a score."""
+    """The case with what any policy takes for a score; "age" may merge as CaM does, "received" as KVMerger does."""
+
+    def scored(merged: int, seed: int | None, sets: dict[str, Any], **scores: Any) -> Case:
+        rule = replace(case.rule, **scores)
+        if rule.scoring == "age" and merged:
+            rule = replace(rule, merged=merged, seed=None if seed is None else torch.tensor([seed]))
+        if rule.scoring == "received" and rule.context > sets["pinned"]:
+            rule = replace(rule, **sets)
+        return case._replace(rule=rule)
+
     return st.builds(
-        lambda **scores: case._replace(rule=replace(case.rule, **scores)),
+        scored,
+        merged=st.integers(0, 6),
+        seed=st.one_of(st.none(), SEEDS),
+        sets=st.fixed_dictionaries(
+            {
+                "sets": st.sampled_from([None, *SETS]),
+                "pinned": st.integers(0, 2),
+                "threshold": st.sampled_from([-0.5, 0.5]),
+                "sigma": st.sampled_from([1.0, 5.0]),
+                "normalized": st.booleans(),
+            }
+        ),
         scoring=st.sampled_from(SCORINGS),
         observed=st.integers(1, 8),
         kernel=st.sampled_from([1, 3, 5]),

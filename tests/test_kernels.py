@@ -15,11 +15,11 @@ from zsmerge_compile.ops.contracts import ATTENTION, DECODE, EXTEND
 from zsmerge_compile.ops.state import LayerLayout
 
 
-def program(device: str, head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, scoring: str = "received") -> Any:
+def program(device: str, head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, **policy: Any) -> Any:
     """As much of a program as the choice looks at."""
     layouts = (LayerLayout(heads=8, kv_heads=2, head_dim=head_dim, proximity=8, context=7, residual=1),)
-    policy = SimpleNamespace(name="p", scoring=scoring)
-    return SimpleNamespace(device=torch.device(device), dtype=dtype, layouts=layouts, policy=policy)
+    told = SimpleNamespace(**{"name": "p", "scoring": "received", "merges_context": False, **policy})
+    return SimpleNamespace(device=torch.device(device), dtype=dtype, layouts=layouts, policy=told)
 
 
 @pytest.fixture
@@ -48,8 +48,9 @@ def test_shapes_that_triton_does_not_serve_are_named() -> None:
 
 
 @pytest.mark.usefixtures("ampere")
-def test_scores_that_triton_does_not_know_are_named() -> None:
+def test_policies_that_triton_does_not_know_are_named() -> None:
     assert all("not Triton: the scores of p" in name for name in names(program("cuda", scoring="age")))
+    assert all("not Triton: the merging of p" in name for name in names(program("cuda", merges_context=True)))
 
 
 def test_aten_elsewhere_and_other_ops_as_they_are() -> None:

@@ -18,6 +18,8 @@ from zsmerge_compile.ops.state import LayerLayout, Rule, State, allocate
 LAYOUT = LayerLayout(heads=4, kv_heads=2, head_dim=16, proximity=31, context=30, residual=3)
 RULE = Rule(LAYOUT.proximity, LAYOUT.context, 0.6, 0.98, 0.25)
 SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+CAM = replace(RULE, scoring="age", observed=1, merged=8, seed=torch.tensor([7]))
+SETS = replace(RULE, sets="threshold", pinned=9, threshold=0.1, sigma=2.0)
 ALIBI = replace(RULE, window=128, slopes=SLOPES, alibi_divisor=4.0, alibi_bf16=True)
 
 
@@ -30,7 +32,7 @@ def arguments(n: int, rule: Rule, dtype: torch.dtype = torch.float32) -> tuple[A
     return q, k, v, *state, torch.arange(2), seen, torch.tensor([0, 3]), *contracts.spelled(rule)
 
 
-@pytest.mark.parametrize("rule", [RULE, ALIBI], ids=["causal", "alibi-window"])
+@pytest.mark.parametrize("rule", [RULE, ALIBI, CAM, SETS], ids=["causal", "alibi-window", "cam", "kvmerger"])
 @pytest.mark.parametrize(("op", "n"), [(contracts.DECODE, 1), (contracts.EXTEND, 40)], ids=["decode", "extend"])
 def test_opcheck_cache_ops(op: Any, n: int, rule: Rule) -> None:
     torch.library.opcheck(op, arguments(n, rule))
@@ -49,7 +51,7 @@ def test_schema_declares_every_state_tensor_as_mutated_and_nothing_else(op: Any)
 
 @pytest.mark.parametrize("attend", [decode.attend, cpp_decode.attend], ids=["aten", "cpp"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rule", [RULE, ALIBI], ids=["causal", "alibi-window"])
+@pytest.mark.parametrize("rule", [RULE, ALIBI, CAM], ids=["causal", "alibi-window", "cam"])
 def test_inductor_compiles_the_step_without_copying_keys_or_values(
     rule: Rule, dtype: torch.dtype, attend: Any
 ) -> None:

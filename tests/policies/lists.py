@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -11,13 +12,14 @@ from torch import Tensor
 
 @dataclass
 class Token:
-    """One token that is kept; prompt: it came with a prompt."""
+    """One token that is kept, or several merged; prompt: it came with a prompt; position: of the newest."""
 
     key: Tensor  # [D]
     value: Tensor  # [D]
     position: int
     prompt: bool
     score: float = 0.0
+    weight: int = 1
 
 
 @dataclass
@@ -47,13 +49,16 @@ class Listed:
             weights[j, :end] = attention.sum(0)
             outs.append(attention @ values[:end])
         self.rate(weights, old, prompt)
-        if len(self.tokens) > self.budget:
-            self.tokens = self.kept()
+        self.tokens = self.left(prompt)
         return torch.stack(outs, 1)
 
     def logits(self, query: Tensor, keys: Tensor, mine: int) -> Tensor:
         """Of queries [r, D], which come with token `mine`, on the keys [m, D] of self.tokens[:m]."""
         return query @ keys.T * self.scale
+
+    def left(self, prompt: bool) -> list[Token]:
+        """What stays after a prompt or a step."""
+        return self.kept() if len(self.tokens) > self.budget else self.tokens
 
     def rate(self, weights: Tensor, old: int, prompt: bool) -> None:
         """Set the scores, from the attention [n, tokens] that the new tokens paid to all."""
@@ -104,6 +109,86 @@ class Streaming(Listed):
 
     def kept(self) -> list[Token]:
         return self.tokens[: self.sinks] + self.tokens[len(self.tokens) - self.budget + self.sinks :]
+
+
+def hashed(number: int) -> int:
+    """A 32-bit number from another, by Wellons's lowbias32."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        number ^= number >> shift
+        number = number * factor % 2**32
+    return number ^ (number >> 16)
+
+
+@dataclass
+class CaM(Streaming):
+    """seed: of layer 0, None: the expectation; head: which key/value head this is."""
+
+    merged: int = 1
+    seed: int | None = None
+    head: int = 0
+
+    def rate(self, weights: Tensor, old: int, prompt: bool) -> None:
+        for token, attention in zip(self.tokens, weights[-1].tolist(), strict=True):
+            token.score = attention
+
+    def kept(self) -> list[Token]:
+        kept = super().kept()
+        takers = kept[self.sinks :][: self.merged]
+        mean = sum(token.score for token in takers) / len(takers)
+        for victim in self.tokens[self.sinks : len(self.tokens) - self.budget + self.sinks]:
+            taken = min(1.0, victim.score / mean)
+            if self.seed is not None:
+                base = hashed(hashed(hashed(self.seed)) + self.head)
+                draw = (hashed(base ^ victim.position) >> 8) / 2**24
+                self.margin = min(self.margin, abs(draw - taken))
+                taken = float(draw < taken)
+            for token in takers:
+                token.value = token.value + taken * victim.value / self.merged
+        return kept
+
+
+@dataclass
+class KVMerger(H2O):
+    top: int = 0
+    fixed: bool = False
+    threshold: float = 0.75
+    sigma: float = 5.0
+    normalized: bool = False
+
+    def left(self, prompt: bool) -> list[Token]:
+        if not prompt:
+            return super().left(prompt)
+        others, recent = self.tokens[: -self.recent], self.tokens[-self.recent :]
+        high = self.best(others, self.top)
+        rest = [token for token in others if all(token is not one for one in high)]
+        merged = [self.merged(members) for members in self.sets(rest)]
+        return sorted([*high, *merged], key=lambda token: token.position) + recent
+
+    def sets(self, tokens: list[Token]) -> list[list[Token]]:
+        """Contiguous ones, no more than there are slots."""
+        cosines = [
+            (float(torch.cosine_similarity(a.key, b.key, dim=0)), number)
+            for number, (a, b) in enumerate(itertools.pairwise(tokens), 1)
+        ]
+        if not self.fixed:
+            self.margin = min([self.margin, *(abs(cosine - self.threshold) for cosine, _ in cosines)])
+            cosines = [pair for pair in cosines if pair[0] <= self.threshold]
+        cosines.sort()
+        cuts = self.budget - self.recent - self.top - 1
+        if 0 < cuts < len(cosines):
+            self.margin = min(self.margin, cosines[cuts][0] - cosines[cuts - 1][0])
+        places = [0, *sorted(number for _, number in cosines[:cuts]), len(tokens)]
+        return [tokens[start:stop] for start, stop in itertools.pairwise(places) if start < stop]
+
+    def merged(self, members: list[Token]) -> Token:
+        (pivot,) = self.best(members, 1)
+        near = torch.stack([torch.exp(-(pivot.key - m.key).square().sum() / (2 * self.sigma**2)) for m in members])
+        share = near / near.sum()
+        key, value = (share @ torch.stack([getattr(m, name) for m in members]) for name in ("key", "value"))
+        if not self.normalized:
+            value = value * len(members)
+        score, weight = sum(m.score for m in members), sum(m.weight for m in members)
+        return Token(key, value, members[-1].position, True, score, weight)
 
 
 @dataclass

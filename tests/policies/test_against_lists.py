@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -13,12 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import zsmerge_compile as zs
-from tests.policies.lists import H2O, Listed, LMInfinite, SnapKV, Streaming
+from tests.policies.lists import H2O, CaM, KVMerger, Listed, LMInfinite, SnapKV, Streaming
 from zsmerge_compile.ops import decode, prefill, reference
 from zsmerge_compile.ops.cpp import build
 from zsmerge_compile.ops.cpp import decode as cpp_decode
 from zsmerge_compile.ops.cpp import extend as cpp_extend
 from zsmerge_compile.ops.policy import CachePolicy, Site
+from zsmerge_compile.ops.sets import SETS
 from zsmerge_compile.ops.state import Rule, State
 
 DIM, SCALE, CLOSE = 4, 0.5, 1e-5
@@ -30,9 +30,14 @@ class Choice(NamedTuple):
     """A policy, the list that is the same, and what its queries and keys know of positions."""
 
     policy: CachePolicy
-    listed: Callable[[], Listed]
+    listed: Callable[[int], Listed]  # of a key/value head
     frequencies: Tensor | None = None
-    slopes: Tensor | None = None
+    slopes: Tensor | None = None  # of one group's heads
+
+    def site(self, kv_heads: int, repeats: int) -> Site:
+        turns = None if self.frequencies is None else tuple(self.frequencies.tolist())
+        slopes = None if self.slopes is None else tuple(self.slopes.tolist() * kv_heads)
+        return Site(0, "", "", kv_heads * repeats, kv_heads, DIM, SCALE, frequencies=turns, slopes=slopes)
 
 
 @st.composite
@@ -40,28 +45,46 @@ def choices(draw: st.DrawFn, name: str, repeats: int) -> Choice:
     budget = draw(st.integers(3, 12))
     if name == "h2o":
         recent = draw(st.integers(1, budget))
-        return Choice(zs.policy(name, budget=budget, recent=recent), lambda: H2O(budget, SCALE, recent=recent))
+        return Choice(zs.policy(name, budget=budget, recent=recent), lambda _: H2O(budget, SCALE, recent=recent))
     if name == "streaming":
         sinks, positions = draw(st.integers(0, budget - 1)), draw(st.sampled_from(["cache", "text"]))
         policy = zs.policy(name, budget=budget, sinks=sinks, positions=positions)
         turns, slopes = (None, None) if positions == "text" else draw(kinds_of_positions(repeats))
         return Choice(
-            policy, lambda: Streaming(budget, SCALE, sinks=sinks, frequencies=turns, slopes=slopes), turns, slopes
+            policy, lambda _: Streaming(budget, SCALE, sinks=sinks, frequencies=turns, slopes=slopes), turns, slopes
         )
     if name == "lm_infinite":
         sinks, positions = draw(st.integers(0, budget - 1)), draw(st.sampled_from(["cache", "text"]))
         policy, capped = zs.policy(name, budget=budget, sinks=sinks, positions=positions), positions == "cache"
         turns, slopes = draw(kinds_of_positions(repeats))
         known = dict(sinks=sinks, frequencies=turns, slopes=slopes, capped=capped)
-        return Choice(policy, lambda: LMInfinite(budget, SCALE, **known), turns, slopes)
+        return Choice(policy, lambda _: LMInfinite(budget, SCALE, **known), turns, slopes)
+    if name == "cam":
+        sinks, merged = draw(st.integers(0, budget - 1)), draw(st.sampled_from([1, 2, 3, 5, 32]))
+        seed = draw(st.one_of(st.none(), st.integers(0, 2**32 - 1)))
+        drawn = {"draw": "expectation"} if seed is None else {"seed": seed}
+        return Choice(
+            zs.policy(name, budget=budget, sinks=sinks, merged=merged, **drawn),
+            lambda head: CaM(budget, SCALE, sinks=sinks, merged=merged, seed=seed, head=head),
+        )
+    if name == "kvmerger":
+        recent = draw(st.integers(1, budget - 1))
+        given = dict(recent=recent, top=draw(st.integers(0, budget - recent - 1)))
+        sets, normalized = draw(st.sampled_from(SETS)), draw(st.booleans())
+        threshold, sigma = draw(st.sampled_from([-0.5, 0.0, 0.5, 0.75])), draw(st.sampled_from([0.5, 2.0, 5.0]))
+        how = dict(threshold=threshold, sigma=sigma)
+        return Choice(
+            zs.policy(name, budget=budget, sets=sets, normalized=normalized, **given, **how),
+            lambda _: KVMerger(budget, SCALE, **given, fixed=sets == "fixed", normalized=normalized, **how),
+        )
     if name == "snapkv":
         given = dict(window=draw(st.integers(1, budget)), kernel=draw(st.sampled_from([1, 3, 5])))
         pooling = draw(st.sampled_from(["avg", "max"]))
         return Choice(
             zs.policy(name, budget=budget, pooling=pooling, **given),
-            lambda: SnapKV(budget, SCALE, pooling=pooling, **given),
+            lambda _: SnapKV(budget, SCALE, pooling=pooling, **given),
         )
-    return Choice(zs.policy("full", budget=100), lambda: Listed(100, SCALE))
+    return Choice(zs.policy("full", budget=100), lambda _: Listed(100, SCALE))
 
 
 def kinds_of_positions(repeats: int) -> st.SearchStrategy[tuple[Tensor | None, Tensor | None]]:
@@ -72,11 +95,10 @@ def kinds_of_positions(repeats: int) -> st.SearchStrategy[tuple[Tensor | None, T
 class Layer:
     """One layer of a policy by one of the ways to compute it."""
 
-    def __init__(self, choice: Choice, path: str, kv_heads: int, repeats: int, batch: int) -> None:
-        policy, turns, slopes = choice.policy, choice.frequencies, choice.slopes
-        site = Site(0, "", "", kv_heads * repeats, kv_heads, DIM, SCALE)
-        site = replace(site, frequencies=None if turns is None else tuple(turns.tolist()))
-        site = replace(site, slopes=None if slopes is None else tuple(slopes.tolist() * kv_heads))
+    def __init__(
+        self, policy: CachePolicy, path: str, kv_heads: int, repeats: int, batch: int, site: Site | None = None
+    ) -> None:
+        site = site or Site(0, "", "", kv_heads * repeats, kv_heads, DIM, SCALE)
         (layout,) = policy.layouts([site])
         self.rule: Rule = Rule(*policy.arguments(site, layout))
         self.state = State(*policy.allocate(layout, batch, torch.float32, torch.device("cpu")))
@@ -104,21 +126,24 @@ class Layer:
         self.seen += 1
         return out
 
+    def weights(self, row: int, head: int) -> list[int]:
+        return [int(weight) for weight in self.state.weight[row, head] if weight > 0]
+
     def positions(self, row: int, head: int) -> list[int]:
         held = self.state.position[row, head][self.state.weight[row, head] > 0]
         return sorted(int(position) for position in held)
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", ["full", "h2o", "lm_infinite", "streaming", "snapkv"])
+@pytest.mark.parametrize("name", ["full", "h2o", "lm_infinite", "streaming", "cam", "kvmerger", "snapkv"])
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_same_tokens_and_outputs(name: str, path: str, data: st.DataObject) -> None:
     """Prompts with padding, steps, prompts on what is held: every row and head as its own list."""
     kv_heads, repeats, batch = (data.draw(st.integers(1, 2)) for _ in range(3))
     choice = data.draw(choices(name, repeats))
-    layer = Layer(choice, path, kv_heads, repeats, batch)
-    lists = [[choice.listed() for _ in range(kv_heads)] for _ in range(batch)]
+    layer = Layer(choice.policy, path, kv_heads, repeats, batch, choice.site(kv_heads, repeats))
+    lists = [[choice.listed(head) for head in range(kv_heads)] for _ in range(batch)]
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**16)))
 
     def tokens(n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,6 +161,7 @@ def test_same_tokens_and_outputs(name: str, path: str, data: st.DataObject) -> N
                 assume(listed.margin > 1e-5)
                 torch.testing.assert_close(out[row, mine, pad:].double(), expected, atol=CLOSE, rtol=CLOSE)
                 assert layer.positions(row, head) == [token.position for token in listed.tokens]
+                assert sorted(layer.weights(row, head)) == sorted(token.weight for token in listed.tokens)
 
     for turn in range(data.draw(st.integers(1, 2))):
         n = data.draw(st.integers(2, 20))

@@ -15,8 +15,10 @@ from zsmerge_compile.policies import names
 
 STEPS = 25
 GIVEN: dict[str, dict[str, Any]] = {
+    "cam": {"budget": 12, "sinks": 3, "merged": 4},
     "full": {"budget": 60},
     "h2o": {"budget": 12},
+    "kvmerger": {"budget": 14},
     "lm_infinite": {"budget": 12, "sinks": 3},
     "pyramidkv": {"budget": 14, "window": 4, "beta": 4},
     "snapkv": {"budget": 12, "window": 4},
@@ -74,7 +76,10 @@ def test_h2o_and_plain_eviction_are_zsmerge_without_residual() -> None:
     assert_same(zs.compile(model, zs.policy("zeromerge", budget=12), 2, backend="eager"), theirs)
 
 
-@pytest.mark.parametrize("name, format", [("pyramidkv", "onnx"), ("streaming", "pt2")])
+@pytest.mark.parametrize(
+    "name, format",
+    [("pyramidkv", "onnx"), ("streaming", "pt2"), *((n, f) for n in ("cam", "kvmerger") for f in ("onnx", "pt2"))],
+)
 def test_compiled_and_exported(name: str, format: str, tmp_path: Path) -> None:
     model, policy = tiny("llama-gqa"), zs.policy(name, **GIVEN[name])
     eager = zs.compile(model, policy, 2, backend="eager")
@@ -90,8 +95,9 @@ def test_every_format(name: str, format: str, tmp_path: Path) -> None:
     assert_same(zs.load(zs.export(eager, tmp_path / name, format)), eager)
 
 
-def test_under_torch_compile() -> None:
-    model, policy = tiny("llama-gqa"), zs.policy("snapkv", **GIVEN["snapkv"])
+@pytest.mark.parametrize("name", ["snapkv", "streaming"])
+def test_under_torch_compile(name: str) -> None:
+    model, policy = tiny("llama-gqa"), zs.policy(name, **GIVEN[name])
     cache = zs.new_cache(model, policy, 1)
     torch._dynamo.reset()
     options = {"config": policy, "cache": cache, "lower": "eager"}
@@ -134,7 +140,7 @@ def test_saved_caches_name_their_policy(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name, given, message",
     [
-        ("lru", {}, "policy must be one of full, h2o, .* got 'lru'"),
+        ("lru", {}, "policy must be one of cam, full, h2o, .* got 'lru'"),
         ("h2o", {}, "parameters of h2o must be budget, recent, prefill, chunk, got missing .* 'budget'"),
         ("h2o", {"budget": 12, "sinks": 4}, "parameters of h2o must be .* got an unexpected .* 'sinks'"),
         ("h2o", {"budget": 2}, "budget must be an integer of at least 3"),
@@ -142,6 +148,16 @@ def test_saved_caches_name_their_policy(tmp_path: Path) -> None:
         ("zsmerge", {"budget": 12, "size": 3}, "parameters of zsmerge must be budget, proximity, .* 'size'"),
         ("streaming", {"budget": 12, "sinks": 12}, "sinks must be a count below the budget of 12, got 12"),
         ("streaming", {"budget": 12, "sinks": 1.5}, "sinks must be a count below the budget of 12, got 1.5"),
+        ("cam", {"budget": 12, "sinks": -1}, "sinks must be a count below the budget of 12, got -1"),
+        ("cam", {"budget": 12, "merged": 0}, r"merged must be an integer from 1 to 2\*\*32 - 1, got 0"),
+        ("cam", {"budget": 12, "seed": 2**32}, "seed must be an integer from 0 to .*, got 4294967296"),
+        ("cam", {"budget": 12, "draw": "mean"}, "draw must be one of bernoulli, expectation, got 'mean'"),
+        ("kvmerger", {"budget": 12, "top": 1.5}, r"top must be a count, or a share in \[0.0, 1.0\], got 1.5"),
+        ("kvmerger", {"budget": 12, "recent": 8, "top": 4}, "recent . top must be less than the budget .*, got 8 . 4"),
+        ("kvmerger", {"budget": 12, "sets": "mean"}, "sets must be one of threshold, fixed, got 'mean'"),
+        ("kvmerger", {"budget": 12, "threshold": 2}, "threshold must be a cosine, .*, got 2"),
+        ("kvmerger", {"budget": 12, "sigma": 0.0}, "sigma must be a number above 0, got 0.0"),
+        ("kvmerger", {"budget": 12, "normalized": 1}, "normalized must be True or False, got 1"),
         ("snapkv", {"budget": 12, "window": 13}, "proximity must be at most the budget"),
         ("snapkv", {"budget": 64, "window": 0.5}, "window must be a count of at least 1, got 0.5"),
         ("snapkv", {"budget": 64, "kernel": 4}, "kernel must be odd"),

@@ -18,6 +18,7 @@ from quality_tool.material import FACTS, PROMPT, QUICK, Material, Question, Reca
 from quality_tool.methods import ABLATIONS, METHODS, Method
 from zsmerge_compile.cli.demo import ASSETS
 from zsmerge_compile.ops import fold
+from zsmerge_compile.ops.tokens import Tokens
 
 
 @cache
@@ -81,7 +82,7 @@ def test_a_mean_over_the_group_would_decide_as_the_sum_does() -> None:
     key = torch.randn(2, 3, 20, 4, generator=make_random)
     ones, position = torch.ones(2, 3, 20), torch.arange(20, dtype=torch.int32).expand(2, 3, 20)
     kept = [
-        fold.choose_context(fold.Tokens(key, key, ones, score / group, position), ones > 0, 7, 13)[0].position
+        fold.choose_context(Tokens(key, key, ones, score / group, position), ones > 0, 7, 13)[0].position
         for group in (1, 4)
     ]
     assert torch.equal(*kept)

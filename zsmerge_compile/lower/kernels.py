@@ -35,10 +35,10 @@ def choose(op: Any, program: Program) -> Kernel:
     device = program.device.type
     if op not in (contracts.DECODE, contracts.EXTEND) or device not in ("cpu", "cuda"):
         return _plain(op)
-    if program.policy.places != "text":
-        return _plain(op, ", no kernel has positions by place")
     if device == "cpu":
         return _cpp(op)
+    if program.policy.places != "text":
+        return _plain(op, ", not Triton: positions by place")
     refused = _triton_refuses(program)
     return _triton(op) if refused is None else _plain(op, f", not Triton: {refused}")
 
@@ -77,8 +77,10 @@ def _triton_refuses(program: Program) -> str | None:
     """Why Triton cannot serve some layer, in words; None if it serves all."""
     from zsmerge_compile.ops.triton.supports import supports
 
-    if program.policy.scoring != "received":
-        return f"the scores of {program.policy.name}"
+    if program.policy.merges_context:
+        return f"the merging of {program.policy.name}"
+    if program.policy.places != "text":
+        return "positions by place"
     capability = torch.cuda.get_device_capability(program.device)
     shapes = {(layout.head_dim, layout.heads, layout.kv_heads) for layout in program.layouts}
     reasons = (supports(program.dtype, *shape, capability) for shape in sorted(shapes))

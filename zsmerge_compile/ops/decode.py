@@ -2,8 +2,9 @@
 
 Equal to `reference.extend` with n = 1, but in place and with static shapes only. One step changes at most four
 slots of a head: the ring slot of the new token, the ring slot of the token that leaves, the context slot it takes,
-and one residual slot; a move that does not happen writes a slot's old content back. Concatenated indices keep it
-to one `index_put_` per buffer: Inductor re-inplaces that, and copies the whole of K and V for anything else.
+and one residual slot; and for CaM the values of some ring slots more. A move that does not happen writes a slot's old
+content back. Concatenated indices keep it to one `index_put_` per buffer: Inductor re-inplaces that, and copies the
+whole of K and V for anything else.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zsmerge_compile.ops import places, scores
+from zsmerge_compile.ops import cam, places, scores
 from zsmerge_compile.ops.state import Rule, State, alibi_bias
 
 NEVER = torch.iinfo(torch.int32).max
@@ -31,12 +32,13 @@ class Moves(NamedTuple):
 
 
 def attend(
-    state: State, query: Tensor, key: Tensor, value: Tensor, at: Tensor, entering: Tensor, rule: Rule
+    state: State, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, entering: Tensor, rule: Rule
 ) -> tuple[Tensor, Tensor]:
     """Eq. 8 over the live slots and the new token, which stands in its (empty) ring slot `entering` [B, G, 1].
 
-    The group's query heads are the rows of one matrix product, so K and V are read once per key/value head and
-    never widened. Returns out [B, H, 1, D] and the group's summed attention [B, G, S].
+    bias [B, G, 1 or r, S] is added to q.k * scale, -inf where a slot is not live. The group's query heads are the rows
+    of one matrix product, so K and V are read once per key/value head and never widened. Returns out [B, H, 1, D] and
+    the group's summed attention [B, G, S].
     """
     batch, heads, _, dim = query.shape
     groups = key.shape[1]
@@ -44,7 +46,7 @@ def attend(
     grouped = query.reshape(batch, groups, heads // groups, dim)
     old = (grouped @ state.key.mT).float()  # [B, G, r, S]
     new = (grouped.float() * key.float()).sum(-1, keepdim=True)  # [B, G, r, 1]
-    logits = torch.where(is_new, new, old) * rule.scale + slot_bias(state, at, entering, query.dtype, rule)
+    logits = torch.where(is_new, new, old) * rule.scale + bias
     attention = torch.softmax(logits, -1)
     on_slots = attention.masked_fill(is_new, 0.0)
     on_new = (attention * is_new).sum(-1, keepdim=True)
@@ -75,10 +77,10 @@ def step(
     entering = (at % (rule.proximity + 1)).expand(-1, key.shape[1], -1).long()  # [B, G, 1]
     is_new = new_slot(state, entering)
     if rule.places == "text":
-        out, mass = attend(state, query, key, value, at, entering, rule)
+        bias = slot_bias(state, at, is_new, query.dtype, rule)
     else:
-        out, mass = places.step(state, query, key, value, at, is_new, rule)
-        key = places.kept(key, at[:, 0], rule)
+        query, key, bias = places.step(state, query, key, at, is_new, rule)
+    out, mass = attend(state, query, key, value, bias, entering, rule)
 
     weight = torch.where(is_new, 1.0, state.weight)
     position = torch.where(is_new, at, state.position)
@@ -87,7 +89,9 @@ def step(
         weight = torch.where(at + 1 - position < rule.expiry, weight, 0.0)
         score = torch.where(weight > 0, score, 0.0)
     moves = find_moves(weight, score, position, entering, at, rule)
-    move(state, State(state.key, state.value, weight, score, position, *state[5:]), key, value, moves, alive_row)
+    gift = cam.gift(mass, moves.leaving, moves.leaves & ~moves.promoted, at, rule) if rule.merged else None
+    now = State(state.key, state.value, weight, score, position, *state[5:])
+    move(state, now, key, value, moves, alive_row, gift)
     return out
 
 
@@ -96,9 +100,8 @@ def new_slot(state: State, entering: Tensor) -> Tensor:
     return torch.arange(state.weight.shape[2], device=entering.device) == entering
 
 
-def slot_bias(state: State, at: Tensor, entering: Tensor, dtype: torch.dtype, rule: Rule) -> Tensor:
+def slot_bias(state: State, at: Tensor, is_new: Tensor, dtype: torch.dtype, rule: Rule) -> Tensor:
     """What is added to q.k * scale (eq. 8): `biases`, and -inf where a slot is not live: [B, G, 1 or r, S]."""
-    is_new = new_slot(state, entering)
     live = is_new | (state.weight > 0)
     if rule.window is not None:
         live = live & (is_new | (at - state.position < rule.window))
@@ -133,7 +136,9 @@ def find_moves(weight: Tensor, score: Tensor, position: Tensor, entering: Tensor
     return Moves(entering, leaving, leaves, place, leaves & (lowest <= score.gather(2, leaving)))
 
 
-def move(old: State, now: State, key: Tensor, value: Tensor, moves: Moves, alive_row: Tensor) -> None:
+def move(
+    old: State, now: State, key: Tensor, value: Tensor, moves: Moves, alive_row: Tensor, gift: cam.Gift | None = None
+) -> None:
     """Carry out the moves of one step on `old`, in place; `now` has this step's weights, scores and positions."""
     place = moves.leaving if moves.place is None else moves.place
     stays = torch.cat([moves.leaving, place], 2)  # the two tokens one of which is the victim
@@ -164,7 +169,13 @@ def move(old: State, now: State, key: Tensor, value: Tensor, moves: Moves, alive
         values.append(merged[1].to(value.dtype))
         for parts, new in zip((weights, scores, positions), merged[2:], strict=True):
             parts.append(new)
-    write(old, now, slots, keys, values, weights, scores, positions, alive_row)
+    value_slots = slots
+    if gift is not None:
+        victim_value = pair_value[:, :, :1]
+        values[0] = gift.added(value, victim_value) if gift.to_new else value
+        value_slots = [*slots, gift.slots]
+        values.append(gift.added(pick(old.value, gift.slots), victim_value))
+    write(old, now, slots, value_slots, keys, values, weights, scores, positions, alive_row)
 
 
 def merge(
@@ -208,6 +219,7 @@ def write(
     old: State,
     now: State,
     slots: list[Tensor],
+    value_slots: list[Tensor],
     keys: list[Tensor],
     values: list[Tensor],
     weights: list[Tensor],
@@ -216,9 +228,9 @@ def write(
     alive_row: Tensor,
 ) -> None:
     """Write the step's slots, one `index_put_` per buffer; rows that are not active get their old content back."""
-    index = torch.cat(slots, 2)  # [B, G, k], all different
-    for buffer, parts in ((old.key, keys), (old.value, values)):
-        put(buffer, index, torch.where(alive_row[..., None], torch.cat(parts, 2), pick(buffer, index)))
+    index = torch.cat(slots, 2)  # [B, G, k], all different, as are the values'
+    for buffer, where, parts in ((old.key, index, keys), (old.value, torch.cat(value_slots, 2), values)):
+        put(buffer, where, torch.where(alive_row[..., None], torch.cat(parts, 2), pick(buffer, where)))
     put(old.position, index, torch.where(alive_row, torch.cat(positions, 2), old.position.gather(2, index)))
     for buffer, whole, parts in ((old.weight, now.weight, weights), (old.score, now.score, scores)):
         changed = whole.scatter(2, index, torch.cat(parts, 2))

@@ -2,7 +2,8 @@
 
 The ring keeps the newest `proximity` tokens; those that left it join the context's candidates, of which the best
 `context` scores stay (of equals the newer); the rest go to the residual in position order. Slots that the window has
-passed are emptied first. Shapes: b rows, G key/value heads, n new tokens, S slots, R residual slots, D head dim.
+passed are emptied first. Two policies merge otherwise: `ops/cam.py`, `ops/sets.py`.
+Shapes: b rows, G key/value heads, n new tokens, S slots, R residual slots, D head dim.
 """
 
 from __future__ import annotations
@@ -13,28 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zsmerge_compile.ops import cam, sets
 from zsmerge_compile.ops.state import Rule, State
+from zsmerge_compile.ops.tokens import Tokens
 
 NEVER = torch.iinfo(torch.int32).max
-
-
-class Tokens(NamedTuple):
-    """Single tokens that look for a slot; weight 0 marks a hole."""
-
-    key: Tensor  # [b, G, n, D]
-    value: Tensor  # [b, G, n, D]
-    weight: Tensor  # [b, G, n] 1 or 0
-    score: Tensor  # [b, G, n]
-    position: Tensor  # [b, G, n] int32
-
-    def take(self, index: Tensor, live: Tensor) -> Tokens:
-        """The tokens at `index` [b, G, m], of which only those where `live` [b, G, m] count."""
-        rows = index[..., None].expand(*index.shape, self.key.shape[-1])
-        picked = (t.gather(2, index) for t in (self.weight, self.score))
-        weight, score = (torch.where(live, t, 0.0) for t in picked)
-        return Tokens(
-            self.key.gather(2, rows), self.value.gather(2, rows), weight, score, self.position.gather(2, index)
-        )
 
 
 class Residual(NamedTuple):
@@ -57,6 +41,7 @@ def in_turn(residual: Residual, arrivals: Residual) -> Residual:
 
 
 InTurn = Callable[[Residual, Residual], Residual]
+Attention = tuple[Tensor, Tensor]  # received by the slots [b, G, S] and by the new tokens [b, G, n]
 
 
 def fold(
@@ -68,14 +53,16 @@ def fold(
     pads: Tensor,
     rule: Rule,
     in_turn: InTurn = in_turn,
+    attention: Attention | None = None,
 ) -> State:
     """Move n new tokens [b, G, n, D] with scores `received` [b, G, n] into the cache.
 
-    `in_turn` may be a kernel that absorbs arrivals faster than the loop that specifies it.
+    `in_turn` may be a kernel that absorbs arrivals faster than the loop that specifies it; `attention` is what
+    slots and new tokens received, which CaM looks at.
     """
     singles = rule.proximity + 1 + rule.context
     keys, values = (torch.cat([held[:, :, :singles], new], 2) for held, new in ((state.key, key), (state.value, value)))
-    ring, context, victims, after = sort_out(state, keys, values, received, seen, pads, rule)
+    ring, context, victims, after = sort_out(state, keys, values, received, seen, pads, rule, attention)
     residual = absorb(open_residual(state, after, rule.expiry), victims, rule.merge, in_turn)
     return join(ring, context, residual, state.key.dtype)
 
@@ -90,11 +77,19 @@ class Sorted(NamedTuple):
 
 
 def sort_out(
-    state: State, keys: Tensor, values: Tensor, received: Tensor, seen: Tensor, pads: Tensor, rule: Rule
+    state: State,
+    keys: Tensor,
+    values: Tensor,
+    received: Tensor,
+    seen: Tensor,
+    pads: Tensor,
+    rule: Rule,
+    attention: Attention | None = None,
 ) -> Sorted:
     """Which of the state's ring and context tokens and the n new ones stay where.
 
-    keys, values: [b, G, ring + context + n, *] of those tokens in this order, or whatever stands for them.
+    keys, values: [b, G, ring + context + n, *] of those tokens in this order, or whatever stands for them; `attention`
+    as for `fold`.
     """
     groups, n, ring_size = keys.shape[1], received.shape[2], rule.proximity + 1
     column = torch.arange(n, device=keys.device)
@@ -112,7 +107,14 @@ def sort_out(
     alive = (tokens.weight > 0) & in_window(tokens.position, after, rule.expiry)
     recent = alive & (tokens.position >= after - rule.proximity)
     ring = fill_ring(tokens, recent, ring_size)
-    context, victims = choose_context(tokens, alive & ~recent, rule.context, n)
+    candidate = alive & ~recent
+    if rule.sets is None:
+        context, victims = choose_context(tokens, candidate, rule.context, n)
+    else:
+        context, victims = merge_context(tokens, candidate, n, rule)
+    if rule.merged:
+        assert attention is not None
+        ring = cam.merge(ring, victims, attention, seen, pads, rule)
     return Sorted(ring, context, victims, after)
 
 
@@ -138,6 +140,15 @@ def choose_context(tokens: Tokens, candidate: Tensor, context: int, n: int) -> t
     victim = torch.zeros_like(candidate).scatter(2, left, candidate.gather(2, left))
     by_age = torch.where(victim, tokens.position, NEVER).argsort(dim=2, stable=True)[..., :n]
     return tokens.take(kept, candidate.gather(2, kept)), tokens.take(by_age, victim.gather(2, by_age))
+
+
+def merge_context(tokens: Tokens, candidate: Tensor, n: int, rule: Rule) -> tuple[Tokens, Tokens]:
+    """The best `pinned` candidates by score, and the others merged in sets, one a slot; and n holes: no victims."""
+    pinned, rest = choose_context(tokens, candidate, rule.pinned, tokens.weight.shape[2])
+    merged = sets.merge(rest, rule.context - rule.pinned, rule)
+    context = Tokens(*(torch.cat(pair, 2) for pair in zip(pinned, merged, strict=True)))
+    victims = Tokens(*(t[:, :, :n] for t in rest))
+    return context, victims._replace(weight=torch.zeros_like(victims.weight))
 
 
 def open_residual(state: State, after: Tensor, window: int | None) -> Residual:

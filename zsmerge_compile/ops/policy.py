@@ -50,6 +50,7 @@ class CachePolicy(Protocol):
     state_fields: tuple[str, ...]
     scoring: str  # see `ops/scores.py`
     places: str  # see `ops/places.py`
+    merges_context: bool  # ring or context take in tokens that leave (`ops/cam.py`, `ops/sets.py`)
     max_tokens: int | None  # tokens a row may hold; None: as many as the model has positions
 
     @property

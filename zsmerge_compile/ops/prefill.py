@@ -46,11 +46,11 @@ def extend(
     had = seen.index_select(0, rows)
     out, held, received = attend(mine, query, key, value, had, pads, rule, parts)
     columns = query.shape[2]
-    score, received = scores.after_prompt(mine, held, received, had, pads, rule)
+    score, new_score = scores.after_prompt(mine, held, received, had, pads, rule)
+    scored, attention = mine._replace(score=score), (held, received)
     at = had[:, None] + torch.arange(columns, device=query.device) - pads[:, None]
-    folded = fold(
-        mine._replace(score=score), places.kept(key, at, rule), value, received, had, pads, rule, parts.in_turn
-    )
+    keys = places.kept(key, at, rule)
+    folded = fold(scored, keys, value, new_score, had, pads, rule, parts.in_turn, attention)
     touched = rows[pads < columns]  # a row that is all padding keeps its state
     for buffer, new in zip(state, folded, strict=True):
         buffer.index_copy_(0, touched, new[pads < columns])
@@ -73,12 +73,12 @@ def attend(
         far = rule.places in places.LAMBDA and columns > rule.proximity
         if far or rule.slopes is not None or bool((seen > 0).any()):
             return places.attend(state, query, key, value, seen, pads, rule)
-        column = torch.arange(columns, device=query.device)
-        query, key = (places.turned(tensor, column, rule) for tensor in (query, key))
+        at = torch.arange(columns, device=query.device) - pads[:, None]
+        query, key = (places.kept(tensor, at, rule) for tensor in (query, key))
     first = max(0, columns - scored_queries(rule, query.shape[1] // key.shape[1]))
     if rule.slopes is not None or bool((seen > 0).any()):
         out, *mass = parts.blocks(state, query, key, value, seen, pads, rule, first=0, want_out=True)
-        if rule.scoring == "observed" and first > 0:  # a kernel counts all queries from `first` on
+        if rule.scoring != "received" and 0 < first < columns:  # a kernel counts all queries from `first` on
             _, *mass = parts.blocks(state, query, key, value, seen, pads, rule, first=first, want_out=False)
         return out, mass[0], mass[1]
     out, held, received = parts.blocks(
@@ -96,7 +96,7 @@ def scored_queries(rule: Rule, group: int) -> int:
     """How many of the last queries decide a score."""
     if rule.scoring == "received":
         return felt_queries(rule.decay, group)
-    return rule.observed if rule.scoring == "observed" else 0
+    return rule.observed
 
 
 def felt_queries(decay: float, group: int) -> int:

@@ -15,6 +15,8 @@ Shapes: b rows, H query heads, G key/value heads, r = H / G, n new tokens, S slo
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -39,16 +41,19 @@ def extend(
 
     query [b, H, n, D]; key, value [b, G, n, D]; seen [b] tokens already in the cache; pads [b] leading columns
     that are padding. Returns out [b, H, n, D] (zero at padding) and the new state. A row with pads == n keeps
-    its state. decoded: the tokens are no part of a prompt, which "observed" scores tell apart.
+    its state. decoded: the tokens are no part of a prompt, which "observed" scores and merging in sets tell apart.
     """
     attends = attend if rule.places == "text" else places.attend
     out, held, received = attends(state, query, key, value, seen, pads, rule)
     if decoded and rule.scoring == "observed":
-        score, received = state.score, torch.full_like(received, scores.DECODED)
+        score, new_score = state.score, torch.full_like(received, scores.DECODED)
     else:
-        score, received = scores.after_prompt(state, held, received, seen, pads, rule)
+        score, new_score = scores.after_prompt(state, held, received, seen, pads, rule)
+    scored, attention = state._replace(score=score), (held, received)
+    folding = replace(rule, sets=None) if decoded else rule
     at = seen[:, None] + torch.arange(query.shape[2], device=query.device) - pads[:, None]
-    folded = fold(state._replace(score=score), places.kept(key, at, rule), value, received, seen, pads, rule)
+    keys = places.kept(key, at, rule)
+    folded = fold(scored, keys, value, new_score, seen, pads, folding, attention=attention)
     touched = pads < query.shape[2]
     kept = [
         torch.where(touched.view(-1, *([1] * (old.dim() - 1))), new, old)

@@ -20,6 +20,7 @@ from torch._higher_order_ops.scan import scan
 from zsmerge_compile.ops import fold, places, reference, scores
 from zsmerge_compile.ops.fold import Residual
 from zsmerge_compile.ops.state import Rule, State
+from zsmerge_compile.ops.tokens import Tokens
 
 BLOCK = 64  # columns that attend at a time
 
@@ -46,11 +47,13 @@ def extend(
     attends = attend if rule.places == "text" else attend_placed
     out, held, received = attends(state, query, key, value, seen, pads, rule)
     key = places.kept(key, (seen - pads)[:, None] + torch.arange(key.shape[2], device=key.device), rule)
-    score, received = scores.after_prompt(state, held, received, seen, pads, rule)
+    score, new_score = scores.after_prompt(state, held, received, seen, pads, rule)
     scored = state._replace(score=score)
     singles = rule.proximity + 1 + rule.context
     keys, values = (torch.cat([had[:, :, :singles], new], 2) for had, new in ((state.key, key), (state.value, value)))
-    ring, context, victims, after = fold.sort_out(scored, keys, values, received, seen, pads, rule)
+    ring, context, victims, after = fold.sort_out(
+        scored, keys, values, new_score, seen, pads, rule, (held, received)
+    )
     residual = absorb(fold.open_residual(scored, after, rule.window), victims, rule.merge)
     folded = fold.join(ring, context, residual, state.key.dtype)
     kept = [
@@ -113,20 +116,21 @@ def attend_placed(
 
     def block(carry: Tensor, chosen: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         q, mine = chosen  # [b, H, BLOCK, D], [BLOCK]
-        to_slots = places.slot_logits(q, (seen - pads)[:, None] + mine, had, rule)
-        to_new = places.token_logits(q, mine, every, pads, had, fresh, rule)
+        at = (seen - pads)[:, None] + mine
+        to_slots = places.slot_logits(q, at, had, rule)
+        to_new = places.token_logits(q, at, every, had, fresh, rule)
         attention = torch.softmax(torch.cat([to_slots, to_new], -1), -1)
-        real = (mine >= pads[:, None])[:, None, None, :, None]
-        attention = torch.where(real, attention, 0.0).to(value.dtype)
+        attention = torch.where((at >= seen[:, None])[:, None, None, :, None], attention, 0.0)
         return carry + 1, places.weighted(attention, state.value, fresh, value)
 
-    blocks = query.unflatten(2, (-1, BLOCK)).movedim(2, 0).contiguous(), fresh.column.unflatten(0, (-1, BLOCK))
+    column = torch.arange(query.shape[2], device=query.device)
+    blocks = query.unflatten(2, (-1, BLOCK)).movedim(2, 0).contiguous(), column.unflatten(0, (-1, BLOCK))
     _, out = scan(block, torch.zeros((), device=query.device), blocks)
     received = torch.zeros_like(key[..., 0], dtype=torch.float32)
     return out.movedim(0, 2).flatten(2, 3), torch.zeros_like(state.score), received
 
 
-def absorb(residual: Residual, victims: fold.Tokens, merge: str) -> Residual:
+def absorb(residual: Residual, victims: Tokens, merge: str) -> Residual:
     """As `fold.absorb`."""
     size = residual.weight.shape[2]
     if size == 0:

@@ -1,7 +1,7 @@
 """What a token's score is, by which the context keeps tokens: the part of the specification that policies differ in.
 
     received   score = decay**n * score + sum_j decay**(n-j) * attention_j  (eq. 5; without decay H2O's)
-    age        score = -position: the context keeps the oldest tokens (attention sinks)
+    age        score = -position: the context keeps the oldest tokens (attention sinks; `ops/cam.py` may merge others)
     observed   a prompt's tokens: sum of the attention of its last `observed` queries, pooled over neighbours (SnapKV);
                tokens that are decoded: -1, below any prompt token
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zsmerge_compile.ops.state import Rule, State
 
-SCORINGS = ("received", "age", "observed")
+SCORINGS = ("received", "age", "observed")  # kernels know them by their number
 POOLINGS = ("avg", "max")
 DECODED = -1.0  # "observed": score of a token that no prompt brought
 
@@ -25,7 +25,7 @@ def discount(rule: Rule, age: Tensor) -> Tensor:
     """What the attention of a query counts that was `age` tokens ago (0: the newest): fp32, of age's shape."""
     if rule.scoring == "received":
         return torch.full_like(age, rule.decay, dtype=torch.float32) ** age
-    return (age < rule.observed).float()  # none of them for "age"
+    return (age < rule.observed).float()
 
 
 def after_prompt(

@@ -45,9 +45,16 @@ class Rule:
     alibi_divisor: float = 1.0
     alibi_bf16: bool = False
     scoring: str = "received"  # what a score is (`ops/scores.py`)
-    observed: int = 0  # "observed": queries of a prompt, its last ones, whose attention counts
+    observed: int = 0  # "observed", "age": queries of a prompt, its last ones, whose attention is asked for
     kernel: int = 1  # "observed": tokens, an odd number, over which it is pooled
     pooling: str = "avg"  # "observed": or "max"
+    merged: int = 0  # "age": tokens that take the value of one that leaves (`ops/cam.py`); 0: it is lost
+    seed: Tensor | None = None  # [1] int64, of CaM's draws; None: their expectation
+    sets: str | None = None  # "threshold", "fixed": a prompt's context tokens are merged in sets (`ops/sets.py`)
+    pinned: int = 0  # sets: context slots of the highest scores, which are not merged
+    threshold: float = 0.75  # sets: cosine up to which adjacent keys may be parted
+    sigma: float = 5.0  # sets: distance over which members lose their share
+    normalized: bool = False  # sets: values are means, not sums
     places: str = "text"  # how positions are counted (`ops/places.py`)
     frequencies: Tensor | None = None  # [D/2] fp32, radians per token: queries and keys come before their rotation
     magnitude: float = 1.0  # of the rotation: cosines and sines are multiplied by it

@@ -48,9 +48,14 @@ def make(
 def config_of(budget: Any, sinks: object, positions: object, prefill: str, chunk: int) -> ZSMergeConfig:
     """Nothing is merged and nothing scored. Raises ConfigError."""
     config = ZSMergeConfig(budget, 1, residual=0, alpha=0.0, decay=0.0, prefill=prefill, chunk=chunk)
-    smallest = config.budget if isinstance(config.budget, int) else min(config.budget)
-    if not isinstance(sinks, int) or isinstance(sinks, bool) or not 0 <= sinks < smallest:
-        raise ConfigError(must("sinks", f"a count below the budget of {smallest}", repr(sinks)))
+    check_sinks(sinks, config)
     if positions not in POSITIONS:
         raise ConfigError(must("positions", f"one of {', '.join(POSITIONS)}", repr(positions)))
     return config
+
+
+def check_sinks(sinks: object, config: ZSMergeConfig) -> None:
+    """Raises ConfigError where a layer has no slot besides them."""
+    smallest = config.budget if isinstance(config.budget, int) else min(config.budget)
+    if not isinstance(sinks, int) or isinstance(sinks, bool) or not 0 <= sinks < smallest:
+        raise ConfigError(must("sinks", f"a count below the budget of {smallest}", repr(sinks)))

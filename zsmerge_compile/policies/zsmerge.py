@@ -31,6 +31,7 @@ class ZSMergePolicy:
     state_fields: tuple[str, ...] = State._fields
     scoring = "received"
     places = "text"
+    merges_context = False
     observed, kernel, pooling = 0, 1, "avg"
     max_tokens: int | None = None  # tokens a row may hold at most
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="triton is not installed: its kernels are not tested")
 
 from tests.ops.triton.comparing import DEVICE, TINY, check_decode  # noqa: E402
-from tests.strategies import Case, cases  # noqa: E402
+from tests.strategies import Case, cases, with_any_scores  # noqa: E402
 from zsmerge_compile.ops.state import LayerLayout, Rule  # noqa: E402
 from zsmerge_compile.ops.triton import launch_decode  # noqa: E402
 
@@ -30,7 +30,7 @@ def made(heads: int, kv_heads: int, dim: int, parts: tuple[int, int, int], batch
 
 @settings(max_examples=25, deadline=None)
 @given(
-    case=cases(),
+    case=cases().flatmap(with_any_scores),
     held=st.integers(0, 24),
     steps=st.integers(1, 3),
     dtype=st.sampled_from(DTYPES),

@@ -13,13 +13,13 @@ pytest.importorskip("triton", reason="triton is not installed: its kernels are n
 
 from tests.ops.triton.comparing import DEVICE, SMALL, check_extend  # noqa: E402
 from tests.ops.triton.test_decode import DTYPES, SLOPES, made  # noqa: E402
-from tests.strategies import Case, cases  # noqa: E402
+from tests.strategies import Case, cases, with_any_scores  # noqa: E402
 from zsmerge_compile.ops.triton.blocks import extend_rule  # noqa: E402
 
 
 @settings(max_examples=30, deadline=None)
 @given(
-    case=cases(),
+    case=cases().flatmap(with_any_scores),
     held=st.sampled_from([0, 0, 3, 20]),
     n=st.integers(1, 40),
     dtype=st.sampled_from(DTYPES),

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from zsmerge_compile.ops import contracts
-from zsmerge_compile.ops.state import LayerLayout, allocate
+from zsmerge_compile.ops.state import LayerLayout, Rule, allocate
 from zsmerge_compile.ops.triton import blocks
 from zsmerge_compile.ops.triton.supports import supports
 
@@ -25,24 +26,24 @@ from zsmerge_compile.ops.triton import ops  # noqa: E402
 ROOT = Path(__file__).resolve().parents[3]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUT = LayerLayout(heads=4, kv_heads=2, head_dim=16, proximity=11, context=10, residual=3)
-SCORES = ("received", 0, 1, "avg")
-RULE = (None, LAYOUT.proximity, LAYOUT.context, None, 0.6, 0.98, 0.25, 1.0, False, *SCORES)
-ALIBI = (torch.tensor([0.5, 0.25, 0.125, 0.0625], device=DEVICE), *RULE[1:3], 64, *RULE[4:7], 4.0, True, *SCORES)
+RULE = Rule(LAYOUT.proximity, LAYOUT.context, 0.6, 0.98, 0.25)
+SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625], device=DEVICE)
+ALIBI = replace(RULE, window=64, slopes=SLOPES, alibi_divisor=4.0, alibi_bf16=True)
 
 
-def arguments(n: int, rule: tuple[Any, ...]) -> tuple[Any, ...]:
+def arguments(n: int, rule: Rule) -> tuple[Any, ...]:
     state = allocate(LAYOUT, 2, torch.float32, DEVICE)
     q, k, v = (torch.randn(2, heads, n, LAYOUT.head_dim, device=DEVICE) for heads in (4, 2, 2))
     seen = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     if n == 1:
-        return q, k, v, *state, seen, torch.tensor([True, False], device=DEVICE), *rule
+        return q, k, v, *state, seen, torch.tensor([True, False], device=DEVICE), *contracts.spelled(rule)
     rows, pads = torch.tensor([[0, 1], [0, 3]], device=DEVICE)
-    return q, k, v, *state, rows, seen, pads, *rule, "segment"
+    return q, k, v, *state, rows, seen, pads, *contracts.spelled(rule)
 
 
 @pytest.mark.parametrize("rule", [RULE, ALIBI], ids=["causal", "alibi-window"])
 @pytest.mark.parametrize(("op", "n"), [(ops.DECODE, 1), (ops.EXTEND, 20)], ids=["decode", "extend"])
-def test_opcheck(op: Any, n: int, rule: tuple[Any, ...]) -> None:
+def test_opcheck(op: Any, n: int, rule: Rule) -> None:
     torch.library.opcheck(op, arguments(n, rule))
 
 

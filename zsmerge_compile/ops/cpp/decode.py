@@ -22,12 +22,11 @@ def decode_step(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor
 
 
 def attend(
-    state: State, query: Tensor, key: Tensor, value: Tensor, at: Tensor, entering: Tensor, rule: Rule
+    state: State, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, entering: Tensor, rule: Rule
 ) -> tuple[Tensor, Tensor]:
     """As `ops.decode.attend`, logits and sums in fp32 whatever the dtype."""
     batch, heads, _, dim = query.shape
     groups = key.shape[1]
-    bias = decode.slot_bias(state, at, entering, query.dtype, rule)
     out, mass = torch.ops.zsmerge.scored_attention(
         query.reshape(batch, groups, heads // groups, dim),
         state.key,

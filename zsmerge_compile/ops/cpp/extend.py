@@ -75,7 +75,7 @@ def blocks(
         first,
         rule.window,
         rule.scale,
-        1.0 if rule.scoring == "observed" else rule.decay,
+        rule.decay if rule.scoring == "received" else 1.0,
     )
     return out, mass[..., :slots], mass[..., slots:]
 

@@ -110,6 +110,7 @@ def finish_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_CONTEXT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    SCORING: tl.constexpr,  # index in `ops.scores.SCORINGS`
     INTERPRETED: tl.constexpr,
 ):
     pair, tile, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -136,7 +137,12 @@ def finish_kernel(
     newest = tl.where(is_new, at, newest)
     if HAS_WINDOW:
         now = tl.where(at + 1 - newest < window, now, 0.0)
-    points = tl.where(is_new, mass, before * decay + mass)
+    if SCORING == 1:  # "age"
+        points = -newest.to(tl.float32)
+    elif SCORING == 2:  # "observed": a decoded token's is `scores.DECODED`
+        points = tl.where(is_new, -1.0, before)
+    else:
+        points = tl.where(is_new, mass, before * decay + mass)
     points = tl.where(now > 0.0, points, 0.0)
     tl.store(score + here, points, mask=inside)
     tl.store(weight + here, now, mask=inside & (is_new | (now != held)))

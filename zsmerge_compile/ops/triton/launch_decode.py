@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zsmerge_compile.errors import InputError, must
+from zsmerge_compile.ops.scores import SCORINGS
 from zsmerge_compile.ops.state import Rule, State
 from zsmerge_compile.ops.triton import blocks as table
 from zsmerge_compile.ops.triton.decode_finish import finish_kernel
@@ -90,7 +91,8 @@ def decode(
         RB=min(table.power_of_two(group), max(1, 4096 // blocks.tile)), TILE=blocks.tile,
         TP=table.power_of_two(plan.tiles), SP=table.power_of_two(splits), SB=min(32, table.power_of_two(splits)),
         RESIDUAL_BLOCK=min(blocks.residual_block, table.power_of_two(residual)),
-        HAS_CONTEXT=rule.context > 0, HAS_RESIDUAL=residual > 0, num_warps=blocks.finish_warps,
+        HAS_CONTEXT=rule.context > 0, HAS_RESIDUAL=residual > 0, SCORING=SCORINGS.index(rule.scoring),
+        num_warps=blocks.finish_warps,
         **shape,
     )  # fmt: skip
     return out

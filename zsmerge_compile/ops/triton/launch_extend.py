@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zsmerge_compile.ops import reference
-from zsmerge_compile.ops.prefill import felt_queries
+from zsmerge_compile.ops import reference, scores
+from zsmerge_compile.ops.prefill import scored_queries
 from zsmerge_compile.ops.state import Rule, State
 from zsmerge_compile.ops.triton import blocks as table
 from zsmerge_compile.ops.triton.extend_columns import columns_kernel
@@ -65,9 +65,8 @@ def extend(
     prompt = Prompt(query, key, value, had, pads, paddings, held_any == 0)
     out, held, received = attend(mine, prompt, rule, blocks)
     columns = query.shape[2]
-    decayed = mine.score * torch.as_tensor(rule.decay) ** (columns - pads)[:, None, None]
-    scored = mine._replace(score=torch.where(mine.weight > 0, decayed + held, 0.0))
-    folded = fold(scored, key, value, received, had, pads, rule, prompt.empty, blocks)
+    score, received = scores.after_prompt(mine, held, received, had, pads, rule)
+    folded = fold(mine._replace(score=score), key, value, received, had, pads, rule, prompt.empty, blocks)
     touched = pads < columns  # a row that is all padding keeps its state
     for buffer, new, old in zip(state, folded, mine, strict=True):
         if max(paddings) == columns:
@@ -80,7 +79,7 @@ def attend(state: State, prompt: Prompt, rule: Rule, blocks: table.ExtendBlocks)
     """As `reference.attend`: out [b, H, n, D], attention on slots [b, G, S] and on the new tokens [b, G, n]."""
     query, key = prompt.query, prompt.key
     b, heads, n, _ = query.shape
-    felt = min(n, felt_queries(rule.decay, heads // key.shape[1]))
+    felt = min(n, scored_queries(rule, heads // key.shape[1]))
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     plain = prompt.empty and rule.slopes is None and (rule.window is None or n <= rule.window)
     if plain:
@@ -88,12 +87,14 @@ def attend(state: State, prompt: Prompt, rule: Rule, blocks: table.ExtendBlocks)
     first = n - felt if plain else 0
     bias, token_bias = biases(state, prompt, rule)
     tops, totals = query.new_empty((2, b, heads, n - first), dtype=torch.float32)
-    launch_rows(state, prompt, rule, blocks, bias, token_bias, out, tops, totals, first, want_out=not plain)
+    if first < n:
+        launch_rows(state, prompt, rule, blocks, bias, token_bias, out, tops, totals, first, want_out=not plain)
+    held, received = torch.zeros_like(state.score), torch.zeros(b, key.shape[1], n, device=query.device)
+    if felt == 0:
+        return out, held, received
     late = slice(n - felt - first, None)
-    age = torch.arange(felt - 1, -1, -1, device=query.device)
-    discount = torch.as_tensor(rule.decay, dtype=torch.float32) ** age
+    discount = scores.discount(rule, torch.arange(felt - 1, -1, -1, device=query.device))
     shares = torch.where(totals[..., late] > 0, discount / totals[..., late], 0.0).contiguous()
-    held, received = torch.zeros_like(state.score), torch.empty(b, key.shape[1], n, device=query.device)
     tops = tops[..., late].contiguous()
     launch_columns(state, prompt, rule, blocks, bias, token_bias, tops, shares, n - felt, held, received)
     return out, held, received

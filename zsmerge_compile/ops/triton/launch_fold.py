@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zsmerge_compile.ops.fold import Residual, Tokens, open_residual, opened_at_once, sort_out
+from zsmerge_compile.ops.fold import Residual, open_residual, opened_at_once, sort_out
 from zsmerge_compile.ops.state import Rule, State
+from zsmerge_compile.ops.tokens import Tokens
 from zsmerge_compile.ops.triton import blocks as table
 from zsmerge_compile.ops.triton.extend_absorb import absorb_kernel
 from zsmerge_compile.ops.triton.extend_merge import gather_kernel, segments_kernel
