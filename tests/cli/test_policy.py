@@ -72,7 +72,7 @@ def test_mistakes_are_told_in_the_registry_s_sentence(
 ) -> None:
     more = {"run": ["--prompt", "w5"], "export": [str(tmp_path / "bundle")]}.get(command, [])
     given = [command, str(checkpoint), *more, "--policy"]
-    assert "policy must be one of full, h2o," in refused([*given, "lru"], capsys)
+    assert "policy must be one of " in refused([*given, "lru"], capsys)
     assert re.search("parameters of h2o must be budget, recent, .* 'size'", refused([*given, "h2o:size=3"], capsys))
     assert "kernel must be odd" in refused([*given, "snapkv:kernel=4"], capsys)
     if command in ("run", "export"):
