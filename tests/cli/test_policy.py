@@ -57,6 +57,13 @@ def test_every_policy_is_listed_once_and_says_what_it_keeps() -> None:
     assert listed == set(names()) - {"zeromerge"}
     assert "recent tokens" in keeps(Choice("zsmerge")) and keeps(Choice("snapkv", {"window": 16}))
     assert keeps(Choice("nothing")) == ""
+    assert all(keeps(choice) for choice in every_policy())
+
+
+def test_weights_are_given_to_policies_that_need_them_and_name_none() -> None:
+    assert Choice("less").with_weights("llama") == Choice("less", {"weights": "llama"})
+    assert Choice("less", {"weights": "my.safetensors"}).with_weights("llama").parameters["weights"] == "my.safetensors"
+    assert Choice("h2o").with_weights("llama") == Choice("h2o")
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

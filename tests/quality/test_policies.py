@@ -115,6 +115,14 @@ def test_cells_are_added_to_those_of_other_methods(tmp_path: Path, small: None) 
     assert Records.read(path).methods() == [FULL_CACHE], "a run of everything begins anew"
 
 
+def test_weights_are_those_shipped_with_the_model(tmp_path: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[Any] = []
+    begun = session(tmp_path / "q.json", keep=False)
+    monkeypatch.setattr(ours, "judge", lambda model, method, *_: judged.append(method.policy) or begun.full)
+    begun.ours(methods_of([Choice("less")]), [0.2])
+    assert judged[0] == Choice("less", {"weights": "llama"}) and begun.records.methods() == [FULL_CACHE, "less"]
+
+
 def cell(model: str, method: str, share: float | None, loss: float = 0.0, recall: float = 0.0) -> dict[str, Any]:
     figures = {"loss": {"mean": 2 + loss}, "loss_added": {"mean": loss}, "recall": {"mean": recall}}
     return {"model": model, "method": method, "share": share, **figures}

@@ -76,7 +76,7 @@ def _policies(parser: argparse.ArgumentParser, options: argparse.Namespace) -> t
         parser.error("--policies must be given without --ablations, got both")
     try:
         for choice in options.policies or ():
-            choice.make(ROOMY)
+            choice.with_weights({}).make(ROOMY)
     except ConfigError as error:
         parser.error(str(error))
     if options.policies is None and not options.ablations and not options.methods:

@@ -92,8 +92,10 @@ class Session:
 
     def _policy(self, name: str, method: Method, share: float) -> None:
         """A policy that does not serve a budget or a model says so, and that is recorded."""
+        assert method.policy is not None
+        mine = method._replace(policy=method.policy.with_weights(self.family))  # those shipped with the model
         try:
-            answers = ours.judge(self.model, method, slots_of(share), self.material)
+            answers = ours.judge(self.model, mine, slots_of(share), self.material)
         except ZSMergeError as error:
             self.record_absence(name, share, str(error).splitlines()[0])
         else:

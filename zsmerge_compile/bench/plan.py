@@ -25,7 +25,7 @@ def planned(options: argparse.Namespace, device: torch.device) -> list[Group]:
     if options.policies and options.suite and "policies" not in options.suite:
         raise InputError(must("--policies", "given with --suite policies", f"--suite {' '.join(options.suite)}"))
     for policy in options.policies or ():
-        policy.make(ROOMY)  # what is wrong with its name or its parameters is told before anything is measured
+        policy.with_weights({}).make(ROOMY)  # its mistakes are told before anything is measured
     choice = _choice(options, device)
     if options.suite is None:
         return presets.groups(presets.default_suites(choice), choice)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from zsmerge_compile.errors import ConfigError, must
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 POLICY_HELP = "which tokens the cache keeps: NAME, or NAME:key=value,... (zsmerge)"
 _FORM = "NAME or NAME:key=value,key=value"
 _WORDS: dict[str, Any] = {"true": True, "false": False, "none": None}
+TRAINED = ("less",)  # policies that need weights, made for one model
 ROOMY = 4096  # slots that any policy can be made with
 
 
@@ -41,6 +42,12 @@ class Choice:
             if name in self.parameters:
                 raise ConfigError(must(f"{name} of a policy", "left to the command's other options", self.text))
         return policies.policy(self.name, **given, **self.parameters)
+
+    def with_weights(self, weights: Any) -> Choice:
+        """The same with `weights`, where the policy needs some and none are named."""
+        if self.name not in TRAINED or "weights" in self.parameters:
+            return self
+        return replace(self, parameters={"weights": weights, **self.parameters})
 
 
 ZSMERGE = Choice("zsmerge")
@@ -74,7 +81,7 @@ def keeps(choice: Choice) -> str:
 
 def _made(choice: Choice) -> CachePolicy | None:
     try:
-        return choice.make(ROOMY)
+        return choice.with_weights({}).make(ROOMY)
     except ConfigError:
         return None
 

@@ -37,6 +37,7 @@ class LESSPolicy(Evicting):
     and chunk as `ZSMergeConfig`."""
 
     name = "less"
+    keeps = "as h2o or streaming, what leaves in a state of low rank"
     state_fields = less.STATE_FIELDS
 
     def __init__(self, config: ZSMergeConfig, tensors: Mapping[str, Tensor], **parameters: Any) -> None:
