@@ -35,6 +35,7 @@ class CaMPolicy(StreamingPolicy):
     """budget (slots, or one count per layer), sinks (tokens, 4), merged (m, tokens, 32), draw, seed, prefill, chunk."""
 
     name = "cam"
+    keeps = "the first tokens and recent ones, the values of others merged into some"
     observed = 1
     merges_context = True
 

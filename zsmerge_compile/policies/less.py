@@ -38,6 +38,7 @@ class LESSPolicy(Evicting):
     count, or a share as float), sinks (streaming: tokens, 4); prefill and chunk as `ZSMergeConfig`."""
 
     name = "less"
+    keeps = "as h2o or streaming, what leaves in a state of low rank"
     state_fields = less.STATE_FIELDS
 
     def __init__(self, config: ZSMergeConfig, tensors: Mapping[str, Tensor] | None, **parameters: Any) -> None:

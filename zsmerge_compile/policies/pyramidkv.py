@@ -23,6 +23,7 @@ class PyramidKVPolicy(SnapKVPolicy):
     """
 
     name = "pyramidkv"
+    keeps = "as snapkv, with more slots in early layers"
 
     def budgets(self, num_layers: int) -> tuple[int, ...]:
         told = self.describe()

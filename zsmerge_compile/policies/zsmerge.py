@@ -28,6 +28,7 @@ class ZSMergePolicy:
     """
 
     name = "zsmerge"
+    keeps = "recent tokens and the best scores, the rest merged"  # in a few words, of each class its own
     state_fields: tuple[str, ...] = State._fields
     scoring = "received"
     places = "text"
