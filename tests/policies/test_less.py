@@ -1,4 +1,4 @@
-"""LESS by both eviction rules equals its formula on lists; its weights are checked; the shipped ones help."""
+"""LESS by both eviction rules equals its formula on lists; and its weights are checked."""
 
 from __future__ import annotations
 
