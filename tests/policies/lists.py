@@ -127,14 +127,14 @@ class LESS(H2O):
     lost: list[Token] = field(default_factory=list)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Every lost token attends by phi(q) psi(k) instead of exp(logit)."""
+        """Every lost token is attended to by phi(q) psi(k) instead of exp(logit); scores know only the held ones."""
         logits = self.logits(query, keys, len(keys) - 1)
+        received = torch.softmax(logits, -1)
         if self.lost:
             features = torch.stack([self.psi(token.key) for token in self.lost])
             logits = torch.cat([logits, (self.phi(query) @ features.T).log()], -1)
             values = torch.cat([values, torch.stack([token.value for token in self.lost])])
-        attention = torch.softmax(logits, -1)
-        return attention[:, : len(keys)], attention @ values
+        return received, torch.softmax(logits, -1) @ values
 
     def kept(self) -> list[Token]:
         kept = super().kept()

@@ -133,8 +133,13 @@ def test_weights_are_those_of_the_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"LESS weights w1 of layer 0 must be \[4, 8, 6\], got \[4, 16, 6\]"):
         other = zs.policy("less", budget=12, weights=random_weights(2, 4, 2, 16))
         zs.compile(tiny("llama-gqa"), other, backend="eager")
-    with pytest.raises(ConfigError, match="w1 of layer 1 must be .* got none"):
+    with pytest.raises(ConfigError, match="w1 of layer 1 must be given, got none; train them"):
         zs.compile(tiny("llama-gqa"), zs.policy("less", budget=12, weights=random_weights(1, 4, 2, 8)))
+    with pytest.raises(ConfigError, match="layers of LESS weights must be the model's 2, got 3; train them for this"):
+        zs.compile(tiny("llama-gqa"), zs.policy("less", budget=12, weights=random_weights(3, 4, 2, 8)))
+    other_rank = weights | {"1.w2": torch.zeros(4, 6, 5)}
+    with pytest.raises(ConfigError, match=r"LESS weights w2 of layer 1 must be \[4, 6, 3\], got \[4, 6, 5\]"):
+        zs.compile(tiny("llama-gqa"), zs.policy("less", budget=12, weights=other_rank))
     with pytest.raises(ConfigError, match="weights must be a file of tools/train_less, or one of falcon, llama"):
         zs.policy("less", budget=12, weights="nowhere")
     (tmp_path / "bad").write_text("{}")

@@ -7,9 +7,11 @@
 over the slots i that are held, by log-sum-exp. Source: Dong et al., "Get More with LESS: Synthesizing Recurrence with
 KV Cache Compression for Efficient LLM Inference". Which tokens leave is `Rule`'s business; there is no residual.
 
-Ours: phi has weights per query head, psi per key/value head; feature maps, H and z are fp32; queries and keys come
-rotated; attention that a token receives is its share of the whole denominator. Nothing is clamped: the published code
-raises phi(q) z to 1e-6 at least, by which a cache that has lost nothing would not be exact.
+As in the published code, queries and keys come rotated, a whole prompt attends to all of itself, and scores know
+nothing of the low-rank part: a token receives exp(s_i) / sum_j exp(s_j) over what is held, so that what leaves is what
+leaves without it. Ours: phi has weights per query head, psi per key/value head; feature maps, H and z are fp32.
+Nothing is clamped: the published code raises phi(q) z, and each phi(q) that meets H, to 1e-6 at least, by which a cache
+that has lost nothing would not be exact.
 
 Shapes: b rows, H query heads, G key/value heads, r = H / G, n tokens, S slots, R rank, h hidden size, D head dim.
 """
@@ -62,17 +64,23 @@ STATE_FIELDS = (*State._fields, *LowRank._fields)
 _SIZE = len(STATE_FIELDS)
 
 
-def shares(logits: Tensor, features: Tensor, low: LowRank) -> tuple[Tensor, Tensor]:
-    """Attention [b, G, r, t, S] of logits, and what H gives: [b, G, r, t, D]; features phi(q) [b, G, r, t, R].
+class Shared(NamedTuple):
+    """Attention to the slots and to the low-rank state: out = scale * (attention @ value) + given."""
 
-    A row of -inf and features that meet nothing give zeros.
-    """
+    attention: Tensor  # [b, G, r, t, S] softmax over the slots alone, NaN for a row of -inf
+    scale: Tensor  # [b, G, r, t, 1] the slots' part of the denominator
+    given: Tensor  # [b, G, r, t, D] the low-rank part of the output
+
+
+def share(logits: Tensor, features: Tensor, low: LowRank) -> Shared:
+    """Of logits [b, G, r, t, S] and features phi(q) [b, G, r, t, R]; features that meet nothing give zeros."""
     met = (features * low.normalizer[:, :, None, None]).sum(-1, keepdim=True)
-    own = torch.where(met > 0, met, 1.0).log().masked_fill(met <= 0, -torch.inf)
-    total = torch.logaddexp(logits.logsumexp(-1, keepdim=True), own)
-    total = torch.where(total > -torch.inf, total, 0.0)
-    given = features @ low.low_rank[:, :, None] / torch.where(met > 0, met, 1.0)
-    return (logits - total).exp(), (own - total).exp() * given
+    lost = torch.where(met > 0, met, 1.0)
+    own = lost.log().masked_fill(met <= 0, -torch.inf)
+    kept = logits.logsumexp(-1, keepdim=True)
+    total = torch.logaddexp(kept, own)
+    given = (own - total).exp() * (features @ low.low_rank[:, :, None] / lost)
+    return Shared(torch.softmax(logits, -1), (kept - total).exp(), given)
 
 
 def step(
@@ -97,11 +105,10 @@ def step(
         old, new = (grouped @ state.key.mT).float(), (grouped.float() * key.float()).sum(-1, keepdim=True)
         logits = torch.where(is_new, new, old) * rule.scale + bias
         features = maps.phi(query).unflatten(1, (groups, -1))
-        attention, given = shares(logits[:, :, :, None], features, low)
-        attention = attention[:, :, :, 0]
+        attention, scale, given = (t[:, :, :, 0] for t in share(logits[:, :, :, None], features, low))
         on_new = (attention * is_new).sum(-1, keepdim=True)
         out = (attention.masked_fill(is_new, 0.0).to(value.dtype) @ state.value).float() + on_new * value.float()
-        return (out + given[:, :, :, 0]).to(query.dtype).flatten(1, 2)[:, :, None], attention.sum(2)
+        return (scale * out + given).to(query.dtype).flatten(1, 2)[:, :, None], attention.sum(2)
 
     def lost(key: Tensor, value: Tensor, happens: Tensor) -> None:
         features = maps.psi(key) * happens[..., None]
@@ -149,14 +156,14 @@ def extend(
             ],
             -1,
         )
-        attention, given = shares(logits, maps.phi(q).unflatten(1, (groups, -1)), low)
-        real = (mine >= pads[:, None])[:, None, None, :, None]
+        attention, scale, given = share(logits, maps.phi(q).unflatten(1, (groups, -1)), low)
+        real = (mine >= pads[:, None])[:, None, None, :, None]  # a pad sees nothing: softmax gives NaN
         attention = torch.where(real, attention, 0.0)
         discount = scores.discount(rule, column[-1] - mine)
         mass = (attention * discount[:, None]).sum((2, 3))
         on = attention.to(value.dtype)
         part = (on[..., :slots] @ state.value[:, :, None] + on[..., slots:] @ value[:, :, None]).float()
-        out = (part + torch.where(real, given, 0.0)).to(value.dtype)
+        out = torch.where(real, scale * part + given, 0.0).to(value.dtype)
         return (carry[0] + mass[..., :slots], carry[1] + mass[..., slots:]), out.flatten(1, 2)
 
     start = torch.zeros_like(state.score), torch.zeros_like(key[..., 0], dtype=torch.float32)

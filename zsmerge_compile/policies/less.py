@@ -30,6 +30,7 @@ EVICTIONS = ("h2o", "streaming")
 RANK, HIDDEN = 8, 512  # as published; of random weights
 SHIPPED = ("falcon", "llama", "mistral")
 FILE = "less.safetensors"
+HINT = "train them for this model with tools/train_less"
 
 
 class LESSPolicy(Evicting):
@@ -59,6 +60,9 @@ class LESSPolicy(Evicting):
         """As any policy's. Raises ConfigError where the weights are of another model."""
         for site in sites:
             self.maps(site)
+        there = {int(name.partition(".")[0]) for name in self.tensors or () if name.partition(".")[0].isdecimal()}
+        if there and len(there) != len(sites):
+            raise ConfigError(must("layers of LESS weights", f"the model's {len(sites)}", len(there), HINT))
         return super().layouts(sites)
 
     def maps(self, site: Site) -> less.Maps:
@@ -67,22 +71,30 @@ class LESSPolicy(Evicting):
             generator = torch.Generator().manual_seed(site.layer)
             sizes = expected(site.heads, site.kv_heads, site.head_dim, HIDDEN, RANK)
             return less.Maps(*(torch.randn(size, generator=generator) * 0.02 for size in sizes))
-        found = [self.tensors.get(f"{site.layer}.{name}") for name in less.Maps._fields]
-        rank, hidden = (0, 0) if found[1] is None else (found[1].shape[-1], found[1].shape[-2])
-        shapes = expected(site.heads, site.kv_heads, site.head_dim, hidden, rank)
+        found = []
+        for name in less.Maps._fields:
+            if f"{site.layer}.{name}" not in self.tensors:
+                raise ConfigError(must(f"LESS weights {name} of layer {site.layer}", "given", "none", HINT))
+            found.append(self.tensors[f"{site.layer}.{name}"].float())
+        hidden = found[1].shape[-2] if found[1].dim() == 3 else HIDDEN
+        shapes = expected(site.heads, site.kv_heads, site.head_dim, hidden, self.rank)
         for name, tensor, shape in zip(less.Maps._fields, found, shapes, strict=True):
-            if tensor is None or tuple(tensor.shape) != shape:
-                got = "none" if tensor is None else list(tensor.shape)
-                hint = "train them for this model with tools/train_less"
-                raise ConfigError(must(f"LESS weights {name} of layer {site.layer}", list(shape), got, hint))
-        return less.Maps(*(tensor.float() for tensor in found if tensor is not None))
+            if tuple(tensor.shape) != shape:
+                what = f"LESS weights {name} of layer {site.layer}"
+                raise ConfigError(must(what, list(shape), list(tensor.shape), HINT))
+        return less.Maps(*found)
+
+    @property
+    def rank(self) -> int:
+        """Of every layer's maps, as the first layer has it."""
+        first = None if self.tensors is None else self.tensors.get("0.w2")
+        return RANK if first is None or first.dim() != 3 else first.shape[-1]
 
     def allocate(
         self, layout: LayerLayout, batch_size: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, ...]:
         """An empty state of one layer."""
-        rank = RANK if self.tensors is None else self.tensors["0.w2"].shape[-1]
-        rows = (batch_size, layout.kv_heads, rank)
+        rows = (batch_size, layout.kv_heads, self.rank)
         low_rank = torch.zeros(*rows, layout.head_dim, dtype=torch.float32, device=device)
         return (*allocate(layout, batch_size, dtype, device), low_rank, torch.zeros_like(low_rank[..., 0]))
 
