@@ -137,6 +137,8 @@ def _read(weights: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor] | 
         return weights
     if weights == "random":
         return None
+    if not isinstance(weights, str | Path):
+        raise ConfigError(must("weights", "a path, a name or tensors by name", repr(weights)))
     path = Path(weights)
     if str(weights) in SHIPPED:
         path = Path(__file__).parents[1] / "assets" / f"{weights}-stdlib" / FILE
