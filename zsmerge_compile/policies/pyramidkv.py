@@ -17,8 +17,8 @@ from zsmerge_compile.policies.snapkv import SnapKVPolicy
 
 
 class PyramidKVPolicy(SnapKVPolicy):
-    """budget (slots, the mean over layers but for the formula's floors, which add some), window (8), kernel (7), pooling
-    ("max"), beta (20), length (None).
+    """budget (slots, the mean over layers but for the formula's floors, which add some), window (8), kernel (7),
+    pooling ("max"), beta (20), length (None).
 
     The defaults are those of the published runs.
     """
