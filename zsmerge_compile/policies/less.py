@@ -8,8 +8,8 @@ Ours: see `ops/less.py`; streaming eviction keeps the positions of the text; in 
 low-rank state does not forget what the window has passed. The paper takes the size of the low-rank
 state, rank rows of D + 1 numbers in fp32 for each key/value head, out of the budget; here it comes on top.
 
-Measured (README, "Policies side by side"): against h2o on the same model it loses more on the shipped LLaMA, less on the
-shipped Mistral at 10 and 5% of the prompt. That its maps bring single layers' outputs nearer does not settle it.
+Measured (README, "Policies side by side"): against h2o on the same model it loses more on the shipped LLaMA, and less
+on the shipped Mistral at 10 and 5% of the prompt. That its maps bring single layers' outputs nearer does not settle it.
 """
 
 from __future__ import annotations
