@@ -22,7 +22,7 @@ SCHEMA = [  # a reader of old files rests on these: only ever add
     "suite", "method", "label", "model", "parameters", "layers", "full_depth", "dtype", "device", "batch", "context",
     "budget", "share", "slots", "merge", "outline", "note", "status", "reason", "check", "check_text", "kernel", "ms",
     "ms_low", "ms_high", "rounds", "warmup", "seconds", "compile_seconds", "weight_bytes", "cache_bytes", "gb_per_s",
-    "floor_ms", "share_of_floor", "tokens_per_s", "peak_bytes", "peak_of", "run",
+    "floor_ms", "share_of_floor", "tokens_per_s", "peak_bytes", "peak_of", "run", "policy", "slot_bytes",
 ]  # fmt: skip
 
 

@@ -124,6 +124,9 @@ def test_positions_have_an_end_only_where_they_count() -> None:
     assert by_place.generate(ids[:, :20], max_new_tokens=60, do_sample=False).shape == (1, 80)
     chunked = zs.compile(model, zs.policy("streaming", budget=12, prefill="chunked", chunk=8), backend="eager")
     chunked.prefill(ids)
+    large = zs.compile(model, zs.policy("streaming", budget=28, prefill="chunked", chunk=8), backend="eager")
+    with pytest.raises(InputError, match="tokens held and new must be at most 32, .* got 36"):
+        large.prefill(ids)
     capped = zs.compile(model, zs.policy("lm_infinite", budget=20), backend="eager")
     capped.prefill(ids)
     by_text = zs.compile(model, zs.policy("streaming", budget=12, positions="text"), backend="eager")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -45,12 +46,17 @@ class Listed:
         outs = []
         for j in range(len(new)):
             end = old + j + 1
-            attention = torch.softmax(self.logits(q[:, j].double(), keys[:end], end - 1), -1)
+            attention, out = self.attend(q[:, j].double(), keys[:end], values[:end])
             weights[j, :end] = attention.sum(0)
-            outs.append(attention @ values[:end])
+            outs.append(out)
         self.rate(weights, old, prompt)
         self.tokens = self.left(prompt)
         return torch.stack(outs, 1)
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention [r, m] and output [r, D] of queries [r, D], which come with the last of self.tokens[:m]."""
+        attention = torch.softmax(self.logits(query, keys, len(keys) - 1), -1)
+        return attention, attention @ values
 
     def logits(self, query: Tensor, keys: Tensor, mine: int) -> Tensor:
         """Of queries [r, D], which come with token `mine`, on the keys [m, D] of self.tokens[:m]."""
@@ -109,6 +115,33 @@ class Streaming(Listed):
 
     def kept(self) -> list[Token]:
         return self.tokens[: self.sinks] + self.tokens[len(self.tokens) - self.budget + self.sinks :]
+
+
+@dataclass
+class LESS(H2O):
+    """sinks: those of streaming eviction, None: that of H2O; phi [r, D] -> [r, R] and psi [D] -> [R] in double."""
+
+    sinks: int | None = None
+    phi: Callable[[Tensor], Tensor] = field(kw_only=True)
+    psi: Callable[[Tensor], Tensor] = field(kw_only=True)
+    lost: list[Token] = field(default_factory=list)
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Every lost token is attended to by phi(q) psi(k) instead of exp(logit); scores know only the held ones."""
+        logits = self.logits(query, keys, len(keys) - 1)
+        received = torch.softmax(logits, -1)
+        if self.lost:
+            features = torch.stack([self.psi(token.key) for token in self.lost])
+            logits = torch.cat([logits, (self.phi(query) @ features.T).log()], -1)
+            values = torch.cat([values, torch.stack([token.value for token in self.lost])])
+        return received, torch.softmax(logits, -1) @ values
+
+    def kept(self) -> list[Token]:
+        kept = super().kept()
+        if self.sinks is not None:
+            kept = self.tokens[: self.sinks] + self.tokens[len(self.tokens) - self.budget + self.sinks :]
+        self.lost += [token for token in self.tokens if all(token is not one for one in kept)]
+        return kept
 
 
 def hashed(number: int) -> int:

@@ -10,7 +10,9 @@ import torch
 
 import zsmerge_compile as zs
 from tests.bundles.made import PADS, greedy
-from tests.models_zoo import prompt, tiny
+from tests.models_zoo import KV_HEADS, prompt, tiny
+from tests.policies.test_less import random_weights
+from zsmerge_compile.ops.policy import CachePolicy
 from zsmerge_compile.policies import names
 
 STEPS = 25
@@ -19,6 +21,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "full": {"budget": 60},
     "h2o": {"budget": 12},
     "kvmerger": {"budget": 14},
+    "less": {"budget": 12},
     "lm_infinite": {"budget": 12, "sinks": 3},
     "pyramidkv": {"budget": 14, "window": 4, "beta": 4},
     "snapkv": {"budget": 12, "window": 4},
@@ -26,6 +29,12 @@ GIVEN: dict[str, dict[str, Any]] = {
     "zeromerge": {"budget": 12},
     "zsmerge": {"budget": 12},
 }
+
+
+def policy_for(name: str, model: str) -> CachePolicy:
+    """The policy for a tiny model."""
+    more = {"weights": random_weights(2, 4, KV_HEADS[model], 8)} if name == "less" else {}
+    return zs.policy(name, **GIVEN[name], **more)
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
@@ -41,8 +50,8 @@ def test_every_policy_is_tried() -> None:
 @pytest.mark.parametrize("name", names())
 @pytest.mark.parametrize("model", ["llama-gqa", "mistral-w8", "falcon-rw"])
 def test_rows_do_not_depend_on_padding_or_each_other(name: str, model: str) -> None:
-    pair = zs.compile(tiny(model), zs.policy(name, **GIVEN[name]), 2, backend="eager")
-    single = zs.compile(tiny(model), zs.policy(name, **GIVEN[name]), 1, backend="eager")
+    pair = zs.compile(tiny(model), policy_for(name, model), 2, backend="eager")
+    single = zs.compile(tiny(model), policy_for(name, model), 1, backend="eager")
     tokens, _ = greedy(pair, 2, STEPS)
     ids = prompt(2, 30, pads=PADS[:2])["input_ids"][1:, PADS[1] :]
     logits = single.prefill(ids)
@@ -78,10 +87,15 @@ def test_h2o_and_plain_eviction_are_zsmerge_without_residual() -> None:
 
 @pytest.mark.parametrize(
     "name, format",
-    [("pyramidkv", "onnx"), ("streaming", "pt2"), *((n, f) for n in ("cam", "kvmerger") for f in ("onnx", "pt2"))],
+    [
+        ("pyramidkv", "onnx"),
+        ("streaming", "pt2"),
+        ("less", "pt2"),
+        *((n, f) for n in ("cam", "kvmerger") for f in ("onnx", "pt2")),
+    ],
 )
 def test_compiled_and_exported(name: str, format: str, tmp_path: Path) -> None:
-    model, policy = tiny("llama-gqa"), zs.policy(name, **GIVEN[name])
+    model, policy = tiny("llama-gqa"), policy_for(name, "llama-gqa")
     eager = zs.compile(model, policy, 2, backend="eager")
     assert_same(zs.compile(model, policy, 2), eager)
     assert_same(zs.load(zs.export(eager, tmp_path / name, format)), eager)
@@ -91,13 +105,13 @@ def test_compiled_and_exported(name: str, format: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", ["pt2", "aoti", "onnx"])
 @pytest.mark.parametrize("name", sorted(set(names()) - {"zsmerge", "zeromerge"}))
 def test_every_format(name: str, format: str, tmp_path: Path) -> None:
-    eager = zs.compile(tiny("llama-gqa"), zs.policy(name, **GIVEN[name]), 2, backend="eager")
+    eager = zs.compile(tiny("llama-gqa"), policy_for(name, "llama-gqa"), 2, backend="eager")
     assert_same(zs.load(zs.export(eager, tmp_path / name, format)), eager)
 
 
 @pytest.mark.parametrize("name", ["snapkv", "streaming"])
 def test_under_torch_compile(name: str) -> None:
-    model, policy = tiny("llama-gqa"), zs.policy(name, **GIVEN[name])
+    model, policy = tiny("llama-gqa"), policy_for(name, "llama-gqa")
     cache = zs.new_cache(model, policy, 1)
     torch._dynamo.reset()
     options = {"config": policy, "cache": cache, "lower": "eager"}
@@ -114,9 +128,13 @@ def test_under_torch_compile(name: str) -> None:
 
 def test_budgets_per_layer() -> None:
     model = tiny("llama-gqa")
-    for name, more in (("h2o", {}), ("streaming", {}), ("snapkv", {"window": 4}), ("zsmerge", {})):
+    for name in sorted(set(names()) - {"pyramidkv"}):  # which spreads one count by its formula
+        more = {key: value for key, value in GIVEN[name].items() if key != "budget"}
+        more |= {"sinks": 3} if name == "cam" else {}
+        more |= {"weights": random_weights(2, 4, 2, 8)} if name == "less" else {}
         made = zs.compile(model, zs.policy(name, budget=[8, 14], **more), backend="eager")
         assert [layer.key.shape[2] for layer in made.cache.layers] == [9, 15]
+        made.prefill(prompt(1, 7)["input_ids"])
     pyramid = zs.policy("pyramidkv", budget=128, window=8, beta=20)
     assert sum(pyramid.budgets(32)) / 32 == pytest.approx(128, rel=0.05)
     # (128 - 8) // 20 = 6; 2 * 120 - 6 = 234; (234 - 6) // 31 = 7

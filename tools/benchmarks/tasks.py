@@ -46,6 +46,8 @@ TASKS = (
     _bench("slots-4k-16", "--suite slots --budgets 4095 --batches 16"),
     _bench("op-4k", "--suite op --budgets 4095"),
     _bench("outline", "--suite outline"),
+    _bench("policies-4k-16", "--suite policies --budgets 4095 --batches 16"),
+    _bench("policies-4k-1", "--suite policies --budgets 4095 --batches 1"),
     _bench("compile", "--suite compile"),
     _bench("families", "--suite families"),
     *(_decode(54, 8), _decode(54, 16)),
@@ -53,6 +55,8 @@ TASKS = (
     _bench("slots-1k-1", "--suite slots --budgets 1023 --batches 1"),
     _bench("slots-1k-16", "--suite slots --budgets 1023 --batches 16"),
     _bench("op-1k", "--suite op --budgets 1023"),
+    _bench("policies-1k-16", "--suite policies --budgets 1023 --batches 16"),
+    _bench("policies-1k-1", "--suite policies --budgets 1023 --batches 1"),
     *(_decode(128, 1), _decode(128, 8), _decode(128, 16)),
 )
 SUITES = tuple(dict.fromkeys(task.arguments[1] for task in TASKS if task.arguments))

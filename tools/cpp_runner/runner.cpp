@@ -136,7 +136,8 @@ at::Tensor Runner::prefill(at::Tensor ids, at::Tensor pads, const at::Tensor& ro
     throw must("prompt", "at least one token long", "an empty row");
   const at::Tensor had = seen_.index({rows});
   check_positions(had + length - pads, manifest_.max_positions);
-  check_positions(had.clamp_max(manifest_.held) + (length - pads).clamp_max(step), manifest_.max_places);
+  const at::Tensor last = (length - pads).clamp_max(step);  // the last chunk
+  check_positions((had + length - pads - last).clamp_max(manifest_.held) + last, manifest_.max_places);
 
   // Chunks are aligned at the right end: what is missing is padding of the first one.
   const int64_t missing = (step - length % step) % step;

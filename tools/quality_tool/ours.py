@@ -23,6 +23,7 @@ from quality_tool.methods import Method
 from zsmerge_compile.lower import kernels
 from zsmerge_compile.lower.lowered import Lowered
 from zsmerge_compile.ops import fold
+from zsmerge_compile.ops.policy import CachePolicy
 from zsmerge_compile.passes.graph import calling
 from zsmerge_compile.runtime.model import CompiledModel
 
@@ -88,7 +89,7 @@ def restore(compiled: CompiledModel, saved: list[Tensor]) -> None:
         tensor.copy_(was)
 
 
-def _compiled(model: Any, config: zs.ZSMergeConfig, batch_size: int, reference: bool) -> CompiledModel:
+def _compiled(model: Any, config: zs.ZSMergeConfig | CachePolicy, batch_size: int, reference: bool) -> CompiledModel:
     """The reference's graphs as they are, or with this device's kernels in the place of the cache ops."""
     compiled = zs.compile(model, config, batch_size, backend="eager")
     if reference:
@@ -98,8 +99,7 @@ def _compiled(model: Any, config: zs.ZSMergeConfig, batch_size: int, reference: 
     chosen = [kernels.choose(op, program) for op in ops]
     graphs = (program.prefill, program.decode)
     run = [calling(gm, op, kernel.run) for gm, op, kernel in zip(graphs, ops, chosen, strict=True)]
-    chunk = config.chunk if config.prefill == "chunked" else None
-    return CompiledModel(model, program, Lowered(*run, {}, {}), compiled.report, chunk, check_nan=False)
+    return CompiledModel(model, program, Lowered(*run, {}, {}), compiled.report, program.policy.chunk, check_nan=False)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from quality_tool.methods import FULL_CACHE
+from quality_tool.methods import FULL_CACHE, is_policy
 from quality_tool.records import Records
 
 
@@ -36,7 +36,7 @@ def _losses(records: Records) -> Figure:
             found = [(share, records.find(model, method, share)) for share in records.shares()]
             points = [(share, cell["loss"]["mean"]) for share, cell in found if cell and "loss" in cell]
             if points:
-                style = "--" if "Press" in method else "-"
+                style = "--" if "Press" in method else ":" if is_policy(method) else "-"
                 axis.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=method)
         axis.set_xscale("log")
         axis.set_xticks(records.shares(), [f"{share:.0%}" for share in records.shares()])

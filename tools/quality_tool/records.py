@@ -13,7 +13,8 @@ SCHEMA = 2
 
 class Records:
     """conditions: model -> what its figures hold for; cells: one per model, method and share; survivors: positions
-    kept; presses: kvpress's versions and settings. Models that a run leaves out keep what an earlier run found."""
+    kept; presses: kvpress's versions and settings. Models that a run leaves out keep what an earlier run found, and so
+    do the other methods of a model where a run names its methods or policies."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -22,14 +23,31 @@ class Records:
         self.survivors: list[dict[str, Any]] = []
         self.presses: dict[str, Any] = {}
 
-    def begin(self, model: str, conditions: dict[str, Any]) -> None:
-        """Forgets what an earlier run found of this model."""
+    def begin(self, model: str, conditions: dict[str, Any], keep: bool = False) -> None:
+        """Forgets what an earlier run found of this model; or keeps it, to add cells found under the same conditions.
+
+        SystemExit where they are others, the command aside.
+        """
+        old = self.conditions.get(model)
+        if keep and old is not None:
+            others = [name for name in {**old, **conditions} if old.get(name) != conditions.get(name)]
+            others = [name for name in others if name != "command"]
+            if others:
+                told = f"{model}'s conditions in {self.path} must be those of this run, which adds to them"
+                raise SystemExit(f"{told}, got other {', '.join(others)}; name another --out")
+            commands = dict.fromkeys([*old["command"].split("; "), conditions["command"]])
+            self.conditions[model] = conditions | {"command": "; ".join(commands)}
+            return
         self.conditions[model] = conditions
         self.cells = [cell for cell in self.cells if cell["model"] != model]
         self.survivors = [entry for entry in self.survivors if entry["model"] != model]
 
     def add(self, **cell: Any) -> None:
-        self.cells.append(cell)
+        """Takes the place of an earlier cell of the same model, method and share."""
+        keys = [(old["model"], old["method"], old["share"]) for old in self.cells]
+        key = cell["model"], cell["method"], cell["share"]
+        place = keys.index(key) if key in keys else len(keys)
+        self.cells[place : place + 1] = [cell]
         self.write()
 
     def write(self) -> None:

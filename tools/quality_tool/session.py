@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,8 +19,10 @@ from quality_tool.methods import FULL_CACHE, METHODS, Method
 from quality_tool.records import Records
 from training.judge import CHECK_RECALL
 from training.publish import environment
+from zsmerge_compile.errors import ZSMergeError
 
 SURVIVORS = ("zsmerge, segment", "eviction only", "H2O"), 0.1  # methods and share whose kept tokens are drawn
+SAME_LOSS = 5e-4  # nats per token, between two runs on one machine
 _EVERYTHING = PROMPT + TRUTH  # slots for all that is ever fed: a question and its answer are shorter than TRUTH
 
 
@@ -34,7 +37,9 @@ class Session:
         records: Records,
         conditions: dict[str, Any],
         console: Console,
+        keep: bool = False,
     ) -> None:
+        """keep: add to what an earlier run found of this model, see `Records.begin`."""
         self.base, self.family, self.folder = base, family, ASSETS / f"{family}-stdlib"
         if not self.folder.exists():
             raise SystemExit(
@@ -43,10 +48,20 @@ class Session:
         self.model: Any = AutoModelForCausalLM.from_pretrained(self.folder).eval()
         self.material: Material = materials.make(AutoTokenizer.from_pretrained(self.folder), size)
         self.records, self.console = records, console
-        records.begin(family, conditions)
+        records.begin(family, conditions, keep)
         self.full: Answers = ours.judge(self.model, Method({"residual": 0}), _EVERYTHING, self.material)
         self._bases: dict[float, Answers] = {}
+        self._check_full()
         self.record(FULL_CACHE, None, self.full)
+
+    def _check_full(self) -> None:
+        """SystemExit unless the full cache answers as in the run whose cells are kept."""
+        known, found = self.records.find(self.family, FULL_CACHE, None), float(np.mean(self.full.losses))
+        if known is not None and abs(known["loss"]["mean"] - found) > SAME_LOSS:
+            what = f"the full cache's loss of {self.family}"
+            raise SystemExit(
+                f"{what} must be {known['loss']['mean']}, as recorded, got {found:.4f}; name another --out"
+            )
 
     def record(self, method: str, share: float | None, answers: Answers, more: int = 0) -> None:
         """Adds one cell, and says so; `more` as in Method."""
@@ -68,9 +83,23 @@ class Session:
         for name, method in methods.items():
             for share in shares:
                 slots = slots_of(share)
+                if method.policy is not None:
+                    self._policy(name, method, share)
+                    continue
                 known = not method.cosine and method.config(slots) == self.base.config(slots)
                 answers = self.base_answers(share) if known else ours.judge(self.model, method, slots, self.material)
                 self.record(name, share, answers, method.more)
+
+    def _policy(self, name: str, method: Method, share: float) -> None:
+        """A policy that does not serve a budget or a model says so, and that is recorded."""
+        assert method.policy is not None
+        mine = method._replace(policy=method.policy.with_weights(self.family))  # those shipped with the model
+        try:
+            answers = ours.judge(self.model, mine, slots_of(share), self.material)
+        except ZSMergeError as error:
+            self.record_absence(name, share, str(error).splitlines()[0])
+        else:
+            self.record(name, share, answers, method.more)
 
     def base_answers(self, share: float) -> Answers:
         if share not in self._bases:

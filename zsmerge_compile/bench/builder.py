@@ -8,6 +8,7 @@ from typing import Any
 
 from zsmerge_compile.bench import our_steps, transformers_steps
 from zsmerge_compile.bench.check import Verdict, check_decode, check_extend
+from zsmerge_compile.bench.policy_steps import compiled_policy, policy_step
 from zsmerge_compile.bench.rows import OURS, Row
 from zsmerge_compile.bench.timing import Step
 
@@ -20,6 +21,7 @@ OPS = {
     "prompt-chunked": ("extend",),
     "loop": ("extend", "decode"),
     "generate": ("extend", "decode"),
+    "policy": ("decode",),
 }
 
 
@@ -55,6 +57,10 @@ class Builder:
             program = self._once(("program", row.batch, row.budget), lambda: our_steps.program(self._model, row))
             self._check(row, program)
             return our_steps.op_step(program, row)
+        if row.method == "policy":
+            compiled = self._once(self.cache_of(row), lambda: compiled_policy(self._model, row))
+            self._check(row, compiled.program)
+            return policy_step(compiled, row)
         full: our_steps.Full = self._once(
             self.cache_of(row), lambda: our_steps.Full(our_steps.compiled_model(self._model, row))
         )
@@ -78,14 +84,15 @@ class Builder:
         """All ops that the row runs."""
         found = [self._verdict(op, row, program) for op in OPS.get(row.method, ())]
         if found:
-            self.checks[row] = Verdict(all(v.ok for v in found), "; ".join(v.text for v in found))
+            ok, checked = all(v.ok for v in found), all(v.checked for v in found)
+            self.checks[row] = Verdict(ok, "; ".join(v.text for v in found), checked)
 
     def _verdict(self, op: str, row: Row, program: Any) -> Verdict:
-        """Each op once per head shape, dtype, batch and size of cache (to a factor of four) or merge rule."""
+        """Each op once per policy, head shape, dtype, batch and size of cache (to a factor of four) or merge rule."""
         layout = program.layouts[0]
         variant = row.merge if op == "extend" else math.ceil(math.log(layout.slots, 4))
         shape = (layout.heads, layout.kv_heads, layout.head_dim, program.dtype, program.batch_size)
-        key = (op, variant, *shape)
+        key = (op, row.policy, variant, *shape)
         if key not in self._verdicts:
             self._say(f"checking the {op} op against ops.reference")
             self._verdicts[key] = CHECKS[op](program)

@@ -18,7 +18,7 @@ from zsmerge_compile.bench.session import Session
 from zsmerge_compile.cli.console import console, notes
 from zsmerge_compile.errors import InputError, must
 
-OURS = ("zsmerge", "prompt-full", "prompt-chunked", "loop", "generate", "op", "compile")
+OURS = ("zsmerge", "prompt-full", "prompt-chunked", "loop", "generate", "op", "compile", "policy")
 
 
 def run(options: argparse.Namespace) -> int:

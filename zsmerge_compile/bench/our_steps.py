@@ -84,7 +84,7 @@ class Full:
             compiled.decode(ids)
             self.steps += 1
 
-        return Step(run, prepare, cache_bytes=cache.nbytes, slots=row.slots, facts=_facts(compiled))
+        return Step(run, prepare, cache_bytes=cache.nbytes, slots=row.slots, facts=facts(compiled))
 
     def plain_step(self, row: Row) -> Step:
         """The same of plain attention, which reads keys and values only."""
@@ -96,7 +96,7 @@ class Full:
             step.prepare,
             cache_bytes=len(program.layouts) * row.batch * layout.slots * slot,
             slots=row.slots,
-            facts=step.facts,
+            facts={**step.facts, "slot_bytes": slot / layout.kv_heads},
         )
 
 
@@ -109,7 +109,7 @@ def prompt_step(compiled: Any, row: Row) -> Step:
         tokens=row.context,
         cache_bytes=compiled.cache.nbytes,
         slots=row.slots,
-        facts=_facts(compiled),
+        facts=facts(compiled),
     )
 
 
@@ -147,7 +147,7 @@ def _loop(compiled: Any, row: Row, run: Callable[[], object]) -> Step:
         tokens=NEW_TOKENS,
         cache_bytes=compiled.cache.nbytes,
         slots=row.slots,
-        facts=_facts(compiled),
+        facts=facts(compiled),
     )
 
 
@@ -189,7 +189,8 @@ def op_step(program: Any, row: Row) -> Step:
     )
 
 
-def _facts(compiled: Any) -> dict[str, Any]:
+def facts(compiled: Any) -> dict[str, Any]:
+    """What a record says of the compiled model."""
     report = compiled.report
     kernels = "; ".join(f"{op}: {name}" for op, name in report.kernels.items())
     parts = ", ".join(f"{graph} {count}" for graph, count in report.parts.items())  # whether layers were outlined

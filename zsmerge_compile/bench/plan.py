@@ -12,11 +12,20 @@ from zsmerge_compile.bench.presets import Choice
 from zsmerge_compile.bench.records import FAILED, MEASURED, SKIPPED, Record, Results
 from zsmerge_compile.bench.rows import Group, Row, fits
 from zsmerge_compile.bench.runs import machines
+from zsmerge_compile.bench.session import CANNOT
+from zsmerge_compile.cli.policy import ROOMY
 from zsmerge_compile.errors import InputError, must
 
 
 def planned(options: argparse.Namespace, device: torch.device) -> list[Group]:
-    """What the options of `zsmerge-compile bench` ask for on a device; raises InputError where a suite has no rows."""
+    """What the options of `zsmerge-compile bench` ask for on a device.
+
+    Raises InputError where a suite has no rows, ConfigError where a policy cannot be made.
+    """
+    if options.policies and options.suite and "policies" not in options.suite:
+        raise InputError(must("--policies", "given with --suite policies", f"--suite {' '.join(options.suite)}"))
+    for policy in options.policies or ():
+        policy.with_weights({}).make(ROOMY)  # its mistakes are told before anything is measured
     choice = _choice(options, device)
     if options.suite is None:
         return presets.groups(presets.default_suites(choice), choice)
@@ -66,7 +75,7 @@ def unmeasured(groups: list[Group], device: torch.device) -> list[Record]:
 def _settled(record: Record) -> bool:
     """Another run on the same machine would tell nothing new."""
     tried = record.status == FAILED and (record.reason or "").startswith("out of memory")
-    return record.status == MEASURED or tried
+    return record.status == MEASURED or tried or (record.reason or "").startswith(CANNOT)
 
 
 def _choice(options: argparse.Namespace, device: torch.device) -> Choice:
@@ -83,4 +92,5 @@ def _choice(options: argparse.Namespace, device: torch.device) -> Choice:
         contexts=several(options.contexts),
         budgets=several(options.budgets),
         rounds=options.rounds,
+        policies=tuple(dict.fromkeys(policy.text for policy in options.policies or ())) or None,
     )

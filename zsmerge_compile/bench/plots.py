@@ -18,6 +18,7 @@ ACROSS = {
     "decode": ("context", "tokens"),
     "flat": ("context", "tokens seen"),
     "prefill": ("context", "prompt tokens"),
+    "policies": ("slots", "slots per key/value head"),
     "table1": ("context", "tokens"),
     "compile": ("layers", "layers"),
 }
@@ -70,7 +71,7 @@ def _plots(records: Iterable[Record]) -> dict[tuple[str, str], Lines]:
 def _line(record: Record) -> str:
     if record.suite == "compile":
         return "layers outlined" if record.outline else "whole graph"
-    name = METHODS[record.method]
+    name = record.policy or METHODS[record.method]
     if record.method.startswith("prompt-full"):
         return f"{name}, {record.merge}"
     if record.method == "zsmerge" and record.suite != "slots":

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from zsmerge_compile.bench import shapes
+from zsmerge_compile.bench.policy_steps import FRESH
 from zsmerge_compile.bench.rows import Group, Row
 from zsmerge_compile.bench.shapes import Shape
 from zsmerge_compile.bench.table1 import PAPER, Workload
 from zsmerge_compile.bench.timing import Plan
+from zsmerge_compile.cli.policy import every_policy
 
 K = 1024
 SHARES = (0.05, 0.10, 0.20, 1.0)
@@ -34,6 +36,7 @@ class Choice:
     contexts: tuple[int, ...] | None = None
     budgets: tuple[int, ...] | None = None
     rounds: int | None = None
+    policies: tuple[str, ...] | None = None
 
     def shape(self, cpu: str, gpu: str, layers: int | None = None) -> Shape:
         """`layers` of a default shape; all, or --layers, of one that was asked for."""
@@ -178,6 +181,21 @@ def generate(choice: Choice) -> list[Group]:
     return [Group("generate", shape, choice.type(), tuple(rows), Plan(rounds=choice.rounds or 5, warmup=1))]
 
 
+def policies(choice: Choice) -> list[Group]:
+    """A step of every cache policy beside plain attention over as many slots; a CPU compiles alike layers once."""
+    shape = choice.shape("llama-125m", "llama-3-8b", PARTIAL if choice.gpu else QUICK if choice.quick else None)
+    once = None if choice.gpu or choice.quick else True
+    names = choice.policies or tuple(policy.text for policy in every_policy())
+    groups = []
+    for batch in choice.batches or ((16, 1) if choice.gpu else (1,)):
+        for budget in choice.budgets or ((1023,) if choice.quick else (4095, 1023)):
+            seen = budget + 1 + FRESH
+            rows = [Row("policy", batch, seen, budget, outline=once, policy=name) for name in names]
+            plain = Row("plain", batch, seen, budget, outline=once)
+            groups.append(Group("policies", shape, choice.type(), (plain, *rows), choice.plan(30)))
+    return groups
+
+
 def outline(choice: Choice) -> list[Group]:
     """What it costs a step to compile alike layers once and call the result for each: the same model both ways."""
     shape = choice.shape("llama-125m", "llama-3-8b", PARTIAL if choice.gpu else QUICK if choice.quick else None)
@@ -221,13 +239,14 @@ SUITES: dict[str, Callable[[Choice], list[Group]]] = {
     "flat": flat,
     "prefill": prefill,
     "generate": generate,
+    "policies": policies,
     "table1": table,
     "table1-static": static_table,
     "families": families,
     "outline": outline,
     "compile": compiling,
 }
-CPU = ("op", "slots", "decode", "flat", "generate", "prefill", "outline", "compile")
+CPU = ("op", "slots", "decode", "flat", "generate", "prefill", "policies", "outline", "compile")
 CPU_QUICK = ("op", "slots", "decode", "flat", "generate")
 GPU = tuple(SUITES)  # the most important first
 

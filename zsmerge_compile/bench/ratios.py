@@ -133,12 +133,22 @@ def _ideal(base: Record, ours: Record) -> float:
     return ((base.weight_bytes or 0) + (base.cache_bytes or 0)) / ((ours.weight_bytes or 0) + (ours.cache_bytes or 0))
 
 
-def _against_plain(records: list[Record]) -> Iterator[Ratio]:
-    plain = {(*_place(r), r.method, r.budget): r for r in records if r.method in ("plain", "op-plain")}
-    for ours in records:
-        method = {"zsmerge": "plain", "op": "op-plain"}.get(ours.method)
+def beside_plain(records: Iterable[Record]) -> Iterator[tuple[Record, Record]]:
+    """Ours, each with the plain attention of the same run and place and as many slots."""
+    measured = [record for record in records if record.status == MEASURED]
+    plain = {(*_place(r), r.method, r.budget): r for r in measured if r.method in ("plain", "op-plain")}
+    for ours in measured:
+        method = {"zsmerge": "plain", "policy": "plain", "op": "op-plain"}.get(ours.method)
         base = plain.get((*_place(ours), method, ours.budget))
-        if base is None:
+        if base is not None:
+            yield ours, base
+
+
+def _against_plain(records: list[Record]) -> Iterator[Ratio]:
+    for ours, base in beside_plain(records):
+        if ours.policy is not None:
+            unsure = ", op not checked" if ours.check == "not checked" else ""
+            yield _made(ours, f"of plain attention's step: {ours.policy}{unsure}", _ms(ours) / _ms(base))
             continue
         limit = 1.10 if ours.device == "cuda" else 1.25 if ours.method == "zsmerge" else 1.5
         held = ours.device == "cuda" or ours.method == "zsmerge" or ours.slots >= 4096

@@ -25,9 +25,12 @@ class Record:
     seconds        compile rows: what zs.compile took
     floor_ms       (weight_bytes + cache_bytes) over the copy bandwidth of the record's own run
     peak_bytes     memory at its highest during a call; of which memory, and what it holds: `peak_of`
+    policy         policy rows: which, as --policies has it
+    slot_bytes     policy rows and plain ones: bytes of state per row, key/value head, layer and slot
     run            the number of the run it was measured or given up in; None in a blank table
     status         measured, skipped or failed; `reason` says why not measured
-    check          whether the kernels it ran equal ops.reference ("green", "red"), None: nothing of ours in it
+    check          whether the kernels it ran equal ops.reference ("green", "red", "not checked"), None: nothing of
+                   ours in it
     """
 
     suite: str
@@ -68,12 +71,14 @@ class Record:
     peak_bytes: int | None = None
     peak_of: str | None = None
     run: int | None = None
+    policy: str | None = None
+    slot_bytes: float | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
         """What makes a row the same row in a later run."""
         place = (self.suite, self.method, self.model, self.layers, self.dtype, self.device)
-        return (*place, self.batch, self.context, self.budget, self.merge, self.outline, self.note)
+        return (*place, self.batch, self.context, self.budget, self.merge, self.outline, self.note, self.policy)
 
 
 @dataclass

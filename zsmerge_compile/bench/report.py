@@ -21,14 +21,16 @@ TITLES = {
     "flat": "decode step at one budget, more and more tokens seen",
     "prefill": "prompts (ms per prompt token)",
     "generate": "greedy generate() beside the bare loop (ms per new token, prompt of 32 tokens included)",
+    "policies": "decode step by cache policy, beside plain attention over as many slots",
     "table1": "the paper's Table 1: step times by length",
     "outline": "decode step, alike layers compiled once and called beside the whole graph compiled at once",
     "compile": "zs.compile from an empty compiler cache, by depth",
 }
 NOTES = (
-    "Caches were filled with random content instead of being prefilled; weights are random. ms per token: median of "
-    "interleaved blocks; in brackets the lowest and highest median of thirds of them. Floor: weights + cache bytes "
-    "over the copy bandwidth measured in the row's own run. k = 1,024."
+    "Caches were filled with random content instead of being prefilled (suite policies: by prompts and steps of random "
+    "tokens); weights are random. ms per token: median of interleaved blocks; in brackets the lowest and highest "
+    "median of thirds of them. Floor: weights + cache bytes over the copy bandwidth measured in the row's own run. "
+    "k = 1,024."
 )
 
 
@@ -89,19 +91,24 @@ def _rows(suite: str, records: list[Record]) -> Table:
     for name in ("model", "batch", "tokens", "row"):
         table.add_column(name, justify="right" if name in ("batch", "tokens") else "left")
     last = "seconds" if suite == "compile" else "ms / token"
-    for name in (last, "GB/s", "floor ms", "of floor", "cache", "peak", "op check", "run"):
+    more = ["bytes / slot"] if suite == "policies" else []
+    for name in (last, "GB/s", "floor ms", "of floor", "cache", "peak", "op check", *more, "run"):
         table.add_column(name, justify="right")
     last_place: object = None
-    if suite == "slots":  # the op beside the model it is in
+    by_slots = suite in ("slots", "policies")
+    if by_slots:  # the op beside the model it is in
         records = sorted(records, key=lambda record: (record.model, record.batch, record.slots))
     for record in records:
-        place = (record.model, record.batch, record.slots if suite == "slots" else record.layers, record.note)
+        place = (record.model, record.batch, record.slots if by_slots else record.layers, record.note)
         if last_place not in (None, place):
             table.add_section()
         last_place = place
         depth = f"{record.layers} of {record.full_depth} layers" if record.layers != record.full_depth else ""
+        per_slot = [_bytes(record)] if suite == "policies" else []
         model = ", ".join(filter(None, (record.model, depth, record.dtype, record.note)))
-        table.add_row(model, str(record.batch), f"{record.context:,}", record.label, *_figures(record), _run(record))
+        table.add_row(
+            model, str(record.batch), f"{record.context:,}", record.label, *_figures(record), *per_slot, _run(record)
+        )
     return table
 
 
@@ -120,6 +127,10 @@ def _figures(record: Record) -> tuple[str, ...]:
         _size(record.peak_bytes),
         record.check or "",
     )
+
+
+def _bytes(record: Record) -> str:
+    return "" if record.slot_bytes is None else f"{record.slot_bytes:,.0f}"
 
 
 def _run(record: Record) -> str:

@@ -23,9 +23,10 @@ METHODS = {
     "prompt-chunked": "prefill: zsmerge, chunked",
     "loop": "decode loop with argmax",
     "generate": "generate()",
+    "policy": "policy",
     "compile": "zs.compile, cold cache",
 }
-OURS = ("zsmerge", "plain", "prompt-full", "prompt-chunked", "loop", "generate")  # need a compiled model
+OURS = ("zsmerge", "plain", "prompt-full", "prompt-chunked", "loop", "generate", "policy")  # need a compiled model
 CHUNK = 512
 
 
@@ -38,6 +39,7 @@ class Row:
     share    the budget's share of the context, where that is what chose it
     merge    prompts: the merge rule
     outline  whether alike layers are compiled once; None: as `zs.compile` decides
+    policy   the cache policy, as --policies has it; None: ZSMerge, or none
     """
 
     method: str
@@ -47,6 +49,7 @@ class Row:
     share: float | None = None
     merge: str = "segment"
     outline: bool | None = None
+    policy: str | None = None
 
     @property
     def slots(self) -> int:
@@ -55,11 +58,11 @@ class Row:
     @property
     def compiled(self) -> tuple[object, ...]:
         """Rows that are equal in this may share one compiled model."""
-        return self.batch, self.budget, self.merge, self.outline
+        return self.batch, self.budget, self.merge, self.outline, self.policy
 
     def label(self) -> str:
         """The row's name in tables."""
-        parts = [METHODS[self.method]]
+        parts = [" ".join(filter(None, (METHODS[self.method], self.policy)))]
         if self.budget is not None:
             whole = "full budget" if self.share == 1 else "" if self.share is None else f"{self.share:.0%}"
             parts.append(f"{self.slots:,} slots" + (f" ({whole})" if whole else ""))
@@ -126,6 +129,7 @@ class Group:
             "merge": None if row.budget is None else row.merge,
             "outline": row.outline,
             "note": self.note,
+            "policy": row.policy,
         }
 
     def seconds(self, device: torch.device) -> float:
@@ -144,6 +148,8 @@ class Group:
                 total += turns * self._flops(row) / (2e14 if gpu else 1e11)
             else:
                 total += turns * self.plan.block * self._step_seconds(row, gpu)
+            if row.method == "policy":  # a prompt fills its cache
+                total += self._flops(row) / (2e14 if gpu else 1e11)
         return total
 
     def _build_seconds(self, row: Row, gpu: bool) -> float:
@@ -186,7 +192,7 @@ def pack(group: Group, rows: list[Row], memory: int) -> list[list[Row]]:
     parts: list[list[Row]] = []
     held: dict[tuple[object, ...], int] = {}
     for row in rows:
-        cache = (row.method, row.batch, row.budget or row.context, row.outline)
+        cache = (row.method, row.batch, row.budget or row.context, row.outline, row.policy)
         own: dict[tuple[object, ...], int] = {cache: row.need(group.shape, group.dtype)}
         if parts and weights + sum({**held, **own}.values()) <= memory:
             parts[-1].append(row)

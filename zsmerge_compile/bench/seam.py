@@ -37,12 +37,18 @@ def instead(op: Any, kernel: Kernel) -> Iterator[None]:
 
 
 def compile_alone(kernel: Kernel, tensors: tuple[Tensor, ...], constants: tuple[Any, ...]) -> Callable[..., Tensor]:
-    """A kernel lowered as in a model's graph, with nothing around it: a function of the tensors."""
+    """A kernel lowered as in a model's graph, with nothing around it: a function of the tensors.
+
+    Tensors among the constants are inputs of the graph, as buffers are.
+    """
+    own = [constant for constant in constants if isinstance(constant, Tensor)]
     with FakeTensorMode() as mode:
-        fakes: list[Tensor] = [mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
+        fakes: list[Tensor] = [mode.from_tensor(tensor, static_shapes=True) for tensor in (*tensors, *own)]
 
     def body(*given: Tensor) -> tuple[Tensor]:
-        return (kernel.run(*given, *constants),)
+        buffers = iter(given[len(tensors) :])
+        rule = [next(buffers) if isinstance(constant, Tensor) else constant for constant in constants]
+        return (kernel.run(*given[: len(tensors)], *rule),)
 
     with mode, torch.no_grad():
         graph = make_fx(body)(*fakes)
@@ -50,7 +56,7 @@ def compile_alone(kernel: Kernel, tensors: tuple[Tensor, ...], constants: tuple[
 
     @torch.no_grad()
     def call(*given: Tensor) -> Tensor:
-        out: Tensor = run(*given)[0]
+        out: Tensor = run(*given, *own)[0]
         return out
 
     return call

@@ -17,8 +17,10 @@ from zsmerge_compile.bench.compile_time import compile_seconds
 from zsmerge_compile.bench.records import FAILED, MEASURED, SKIPPED, Record, Results
 from zsmerge_compile.bench.rows import Group, Row, fits, pack
 from zsmerge_compile.bench.timing import Step, Timing, measure
+from zsmerge_compile.errors import ZSMergeError
 
 Say = Callable[[str], None]
+CANNOT = "cannot be made: "  # begins the reason where a policy does not serve a budget or a model
 
 
 class Session:
@@ -73,6 +75,11 @@ class Session:
                 step = builder.step(row)
                 peaks[row] = self._warm(step, bare)
                 steps[row] = step
+            except ZSMergeError as error:
+                if row.policy is None:
+                    self._fail(group, row, error)
+                else:
+                    self._skip(group, row, CANNOT + str(error).splitlines()[0])
             except Exception as error:  # a baseline's, a compiler's or the device's; the next row may well run
                 self._fail(group, row, error)
         if not steps:
@@ -134,7 +141,7 @@ class Session:
     ) -> None:
         weights = 0 if row.method.startswith("op") else group.shape.weight_bytes(group.dtype)
         reads = weights + step.cache_bytes
-        steps = row.method in ("dynamic", "static", "zsmerge", "plain", "op", "op-plain")
+        steps = row.method in ("dynamic", "static", "zsmerge", "plain", "op", "op-plain", "policy")
         floor = reads / self.bandwidth / 1e6 if steps else None
         figures: dict[str, Any] = {
             "ms": timing.ms,
@@ -150,7 +157,7 @@ class Session:
             "tokens_per_s": row.batch * 1e3 / timing.ms,
             "peak_bytes": peak.bytes,
             "peak_of": peak.of,
-            "check": None if check is None else "green" if check.ok else "red",
+            "check": None if check is None else check.word,
             "check_text": None if check is None else check.text,
         }
         self.results.add(Record(**group.facts(row, self.device), status=MEASURED, **figures, **step.facts))

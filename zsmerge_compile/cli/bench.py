@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zsmerge_compile.cli.console import add_command, count
+from zsmerge_compile.cli.policy import policy
 
 SUITES = (
     "op",
@@ -16,6 +17,7 @@ SUITES = (
     "flat",
     "prefill",
     "generate",
+    "policies",
     "table1",
     "table1-static",
     "families",
@@ -26,6 +28,7 @@ _EXAMPLES = """  zsmerge-compile bench --quick                       # two to th
   zsmerge-compile bench                               # all suites for this device; `--list` tells what that is
   zsmerge-compile bench --suite decode --model llama-3-8b --layers 4 --contexts 4096 16384 --batches 1 8
   zsmerge-compile bench --suite slots --budgets 1023 4095 16383 --dtype bfloat16
+  zsmerge-compile bench --suite policies --policies h2o snapkv:window=16,pooling=max --budgets 1023
 """
 
 
@@ -62,6 +65,13 @@ def add(commands: Any) -> None:
     parser.add_argument("--batches", type=count, nargs="+", metavar="N", help="rows of the cache")
     parser.add_argument("--contexts", type=count, nargs="+", metavar="N", help="tokens seen, or of a prompt")
     parser.add_argument("--budgets", type=count, nargs="+", metavar="N", help="slots per key/value head")
+    parser.add_argument(
+        "--policies",
+        type=policy,
+        nargs="+",
+        metavar="POLICY",
+        help="NAME or NAME:key=value,... of suite policies (all)",
+    )
     parser.add_argument("--rounds", type=count, metavar="N", help="timed blocks of each row")
     parser.add_argument("--threads", type=count, metavar="N", help="CPU threads (torch's own choice)")
     parser.add_argument("--minutes", type=minutes, metavar="M", help="start no group that would not end in time")

@@ -8,11 +8,13 @@ from typing import Any
 
 from zsmerge_compile.cli.checkpoint import DTYPES, load_model
 from zsmerge_compile.cli.console import add_backend, add_command, complain, console, count, notes
+from zsmerge_compile.cli.policy import ROOMY, ZSMERGE, add_policy
 from zsmerge_compile.errors import EquivalenceError
 
 _EXAMPLES = """  zsmerge-compile check ~/models/Llama-3.2-1B
   zsmerge-compile check ~/models/Mistral-7B-v0.1 --max-length 5000      # past its sliding window
   zsmerge-compile check ~/models/falcon-rw-1b --examples 100 --seed 3 --backend inductor
+  zsmerge-compile check ~/models/Llama-3.2-1B --policy snapkv:window=16  # at full budget only
 """
 
 
@@ -22,8 +24,8 @@ def add(commands: Any) -> None:
         "check",
         "compare a compiled checkpoint with the untouched model on random prompts",
         "At full budget the logits must be the model's own; at a small one, those of a plain ZSMerge over lists of "
-        "tokens. The first difference is made as small as possible, and named with the layer it starts in. "
-        "Exit status: 0 where no difference was found, 1 where one was.",
+        "tokens (another --policy is checked at full budget only). The first difference is made as small as possible, "
+        "and named with the layer it starts in. Exit status: 0 where no difference was found, 1 where one was.",
         _EXAMPLES,
     )
     parser.add_argument("path", type=Path, metavar="PATH", help="directory with config.json and weights")
@@ -32,11 +34,13 @@ def add(commands: Any) -> None:
     parser.add_argument("--small-budget", type=count, default=24, metavar="N", help="slots of the second check (24)")
     parser.add_argument("--max-length", type=count, metavar="N", help="tokens of a prompt at most (twice small budget)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of weights and cache (auto: as saved)")
+    add_policy(parser)
     add_backend(parser, "eager")
     parser.set_defaults(command=command)
 
 
 def command(options: argparse.Namespace) -> int:
+    options.policy.make(ROOMY)  # what is wrong with it is told before the model is loaded
     with notes().status("loading"):
         model = load_model(options.path, options.dtype)
     try:
@@ -67,5 +71,6 @@ def _check(model: Any, options: argparse.Namespace) -> Any:
             seed=options.seed,
             budget_small=options.small_budget,
             max_length=options.max_length,
+            policy=None if options.policy == ZSMERGE else options.policy.make,
             progress=tell,
         )

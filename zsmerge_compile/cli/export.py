@@ -9,10 +9,12 @@ from typing import Any
 
 from zsmerge_compile.cli.checkpoint import DTYPES, load_model, load_tokenizer
 from zsmerge_compile.cli.console import add_command, bytes_text, console, count, notes
+from zsmerge_compile.cli.policy import add_policy
 from zsmerge_compile.errors import InputError
 
 _EXAMPLES = """  zsmerge-compile export ~/models/Llama-3.2-1B bundle/ --budget 1024
   zsmerge-compile export ~/models/Llama-3.2-1B bundle/ --format aoti --batch-size 8 --prefill chunked
+  zsmerge-compile export ~/models/Llama-3.2-1B bundle/ --policy streaming:sinks=8 --budget 512
   zsmerge-compile run bundle/ --prompt "Once upon a time"
 """
 
@@ -30,7 +32,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--format", choices=("pt2", "aoti", "onnx"), default="pt2", help="(pt2)")
     parser.add_argument("--budget", type=count, default=1024, metavar="N", help="slots per key/value head (1024)")
     parser.add_argument("--batch-size", type=count, default=1, metavar="N", help="rows of the cache (1)")
-    parser.add_argument("--prefill", choices=("full", "chunked"), default="full", help="how prompts are read (full)")
+    add_policy(parser)
+    parser.add_argument("--prefill", choices=("full", "chunked"), help="how prompts are read (full)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of weights and cache (auto: as saved)")
     parser.add_argument("--device", default="cpu", help="where the bundle will run (cpu)")
     parser.set_defaults(command=command)
@@ -40,6 +43,7 @@ def command(options: argparse.Namespace) -> int:
     import zsmerge_compile as zs
 
     started, said = time.perf_counter(), notes()
+    policy = options.policy.make(options.budget, prefill=options.prefill)
     with said.status("loading"):
         model = load_model(options.path, options.dtype, options.device)
         try:
@@ -48,8 +52,7 @@ def command(options: argparse.Namespace) -> int:
             tokenizer = None
             said.print("no tokenizer found: the bundle takes token ids only")
     with said.status(f"exporting as {options.format}"):
-        config = zs.ZSMergeConfig(budget=options.budget, prefill=options.prefill)
-        compiled = zs.compile(model, config, options.batch_size, backend="eager")
+        compiled = zs.compile(model, policy, options.batch_size, backend="eager")
         folder = zs.export(compiled, options.bundle, options.format, tokenizer=tokenizer)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     console().print(f"{folder}: {options.format}, {bytes_text(size)}, {time.perf_counter() - started:.0f} s")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from zsmerge_compile.cli.checkpoint import DTYPES, is_bundle, load_model
 from zsmerge_compile.cli.console import BUDGET_HELP, Budget, add_command, budget, bytes_text, console, count, notes
+from zsmerge_compile.cli.policy import add_policy
 from zsmerge_compile.errors import InputError, must
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """  zsmerge-compile inspect ~/models/Llama-3.2-1B
   zsmerge-compile inspect bundle/
   zsmerge-compile inspect ~/models/Mistral-7B-v0.1 --budget 2048 --batch-size 8
+  zsmerge-compile inspect ~/models/Llama-3.2-1B --policy pyramidkv:window=32 --budget 1024
   zsmerge-compile inspect ~/models/falcon-rw-1b --graphs graphs/     # then: diff graphs/decode/00_* graphs/decode/01_*
 """
 
@@ -37,6 +39,7 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("path", type=Path, metavar="PATH", help="directory with config.json and weights, or a bundle")
     parser.add_argument("--budget", type=budget, default=Budget(slots=1024), metavar="N", help=BUDGET_HELP)
+    add_policy(parser)
     parser.add_argument("--length", type=count, default=4096, metavar="N", help="tokens of the full cache shown (4096)")
     parser.add_argument("--batch-size", type=count, default=1, metavar="N", help="rows of the cache (1)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of weights and cache (auto: as saved)")
@@ -53,14 +56,14 @@ def command(options: argparse.Namespace) -> int:
         return 0
     import zsmerge_compile as zs
 
+    policy = options.policy.make(options.budget.of(options.length))
     with notes().status("loading"):
         model = load_model(options.path, options.dtype)
     with notes().status("tracing and rewriting"), _dumping(options.graphs):
-        config = zs.ZSMergeConfig(budget=options.budget.of(options.length))
-        compiled = zs.compile(model, config, batch_size=options.batch_size, backend="eager")
+        compiled = zs.compile(model, policy, batch_size=options.batch_size, backend="eager")
     out, report = console(), compiled.report
     seconds = f"{report.compile_seconds:.1f} s to trace and rewrite"
-    out.print(f"{report.model}: {len(report.sites)} attention sites, {seconds}")
+    out.print(f"{report.model}: {len(report.sites)} attention sites, {seconds}; cache policy {options.policy.text}")
     for table in (sites_table(report), passes_table(report), cache_table(compiled, options.length)):
         out.print(table)
     if options.graphs is not None:

@@ -20,6 +20,7 @@ from zsmerge_compile.cli.console import (
     notes,
     temperature,
 )
+from zsmerge_compile.cli.policy import ZSMERGE, add_policy
 from zsmerge_compile.errors import InputError, must
 
 if TYPE_CHECKING:
@@ -27,13 +28,15 @@ if TYPE_CHECKING:
 
 _EXAMPLES = """  zsmerge-compile run ~/models/Llama-3.2-1B --prompt "The three laws of robotics are"
   zsmerge-compile run ~/models/Llama-3.2-1B --prompt-file report.txt --budget 10% --max-new-tokens 400
+  zsmerge-compile run ~/models/Llama-3.2-1B --prompt-file report.txt --policy snapkv:window=16,pooling=max
   zsmerge-compile run bundle/ --prompt "def main("
   git diff | zsmerge-compile run ~/models/Mistral-7B-v0.1 --prompt-file - --prefill chunked --temperature 0.7 --seed 1
 """
 
 _FIXED: dict[str, tuple[Any, str]] = {
     "budget": (Budget(slots=1024), "--budget"),
-    "prefill": ("full", "--prefill"),
+    "policy": (ZSMERGE, "--policy"),
+    "prefill": (None, "--prefill"),
     "dtype": ("auto", "--dtype"),
     "device": (None, "--device"),
     "backend": ("inductor", "--backend"),
@@ -53,7 +56,8 @@ def add(commands: Any) -> None:
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a text file with the prompt; - reads stdin")
     parser.add_argument("--budget", type=budget, default=Budget(slots=1024), metavar="N", help=BUDGET_HELP)
-    parser.add_argument("--prefill", choices=("full", "chunked"), default="full", help="how the prompt is read (full)")
+    add_policy(parser)
+    parser.add_argument("--prefill", choices=("full", "chunked"), help="how the prompt is read (full)")
     parser.add_argument("--max-new-tokens", type=count, default=200, metavar="N", help="tokens to write at most (200)")
     parser.add_argument("--temperature", type=temperature, default=0.0, metavar="T", help="0: the likeliest token (0)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (0)")
@@ -81,12 +85,13 @@ def command(options: argparse.Namespace) -> int:
     else:
         with said.status("loading"):
             tokenizer = load_tokenizer(options.path)
+            inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+            length = inputs["input_ids"].shape[1]
+            policy = options.policy.make(options.budget.of(length), prefill=options.prefill)
             model = load_model(options.path, options.dtype, options.device or default_device())
-        inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)
-        length = inputs["input_ids"].shape[1]
-        config = zs.ZSMergeConfig(budget=options.budget.of(length), prefill=options.prefill)
+        inputs = inputs.to(model.device)
         with said.status("compiling"):
-            compiled = zs.compile(model, config, backend=options.backend)
+            compiled = zs.compile(model, policy, backend=options.backend)
     torch.manual_seed(options.seed)
     sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
@@ -113,8 +118,10 @@ def _prompt(options: argparse.Namespace) -> str:
 def _check_fixed(options: argparse.Namespace) -> None:
     """A bundle has these from its export."""
     for name, (default, flag) in _FIXED.items():
-        if getattr(options, name) != default:
-            raise InputError(must(flag, "left out with a bundle, which has its own", getattr(options, name)))
+        given = getattr(options, name)
+        if given != default:
+            told = given.text if name == "policy" else given
+            raise InputError(must(flag, "left out with a bundle, which has its own", told))
 
 
 def _tokenizer_of(bundle: Path) -> Any:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from zsmerge_compile.ops import contracts, decode
+from zsmerge_compile.ops import contracts, decode, less, scan
 from zsmerge_compile.ops.state import Rule, State
 from zsmerge_compile.program import Program
 
@@ -50,9 +50,21 @@ def decode_step(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor
     return decode.step(State(*rest[:size]), query, key, value, seen, active, Rule(*rest[size + 2 :]))
 
 
+def standard(op: Any) -> Callable[..., Tensor]:
+    """A cache op in PyTorch's own operators, which every exporter knows: in place, prompts by the scan operator."""
+    known = {
+        contracts.DECODE: decode_step,
+        contracts.EXTEND: scan.extend_step,
+        less.DECODE: less.decode_step,
+        less.EXTEND: less.extend_step,
+    }
+    return known[op]
+
+
 def _plain(op: Any, why: str = "") -> Kernel:
-    if op is contracts.DECODE:
-        return Kernel(f"ops.decode (aten nodes, compiled{why})", decode_step)
+    if op in (contracts.DECODE, less.DECODE):
+        file = "ops.decode" if op is contracts.DECODE else "ops.less"
+        return Kernel(f"{file} (aten nodes, compiled{why})", standard(op))
     return Kernel(f"{op} (one opaque call{why})", op)
 
 

@@ -23,8 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from zsmerge_compile.lower.kernels import decode_step
-from zsmerge_compile.ops.scan import extend_step
+from zsmerge_compile.lower.kernels import standard
 from zsmerge_compile.passes.graph import attribute, calling
 from zsmerge_compile.passes.insert_cache import DECODE_INPUTS, PREFILL_INPUTS
 from zsmerge_compile.program import Program
@@ -62,8 +61,8 @@ class Graphs(NamedTuple):
 def graphs(program: Program) -> Graphs:
     """The program's graphs; its own are left as they are."""
     weights = _Weights()
-    prefill, prefill_weights = _standard(program.prefill, program.policy.extend_op, extend_step, weights)
-    decode, decode_weights = _standard(program.decode, program.policy.decode_op, decode_step, weights)
+    prefill, prefill_weights = _standard(program.prefill, program.policy.extend_op, weights)
+    decode, decode_weights = _standard(program.decode, program.policy.decode_op, weights)
     interface = program.interface()
     state = [tensor for layer in interface.allocate() for tensor in layer.values()]
     batch, device = program.batch_size, program.device
@@ -131,10 +130,10 @@ def _numbered(name: str) -> Iterator[str]:
 
 
 def _standard(
-    gm: fx.GraphModule, op: Any, run: Callable[..., Tensor], weights: _Weights
+    gm: fx.GraphModule, op: Any, weights: _Weights
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """The graph with `run` for every `op` and its weights as last inputs; their names."""
-    copied = calling(gm, op, run)
+    """The graph with standard operators for every `op` and its weights as last inputs; their names."""
+    copied = calling(gm, op, standard(op))
     taken: dict[str, fx.Node] = {}
     last = copied.graph.find_nodes(op="placeholder")[-1]
     for node in copied.graph.find_nodes(op="get_attr"):

@@ -21,18 +21,18 @@ from zsmerge_compile.ops import prefill, reference
 from zsmerge_compile.ops.state import Rule, State
 
 _STATE = ", ".join(f"Tensor({'abcdefghi'[i]}!) {name}" for i, name in enumerate(State._fields))
-_RULE = ", ".join(f"{str(field.type).replace(' | None', '?')} {field.name}" for field in fields(Rule))
+RULE = ", ".join(f"{str(field.type).replace(' | None', '?')} {field.name}" for field in fields(Rule))
 
 _library = torch.library.Library("zsmerge", "DEF")
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale) -> Tensor"
 )
 _library.define(
-    f"decode(Tensor query, Tensor new_key, Tensor new_value, {_STATE}, Tensor seen, Tensor active, {_RULE}) -> Tensor"
+    f"decode(Tensor query, Tensor new_key, Tensor new_value, {_STATE}, Tensor seen, Tensor active, {RULE}) -> Tensor"
 )
 _library.define(
     f"extend(Tensor query, Tensor new_key, Tensor new_value, {_STATE}, Tensor rows, Tensor seen, Tensor pads, "
-    f"{_RULE}) -> Tensor"
+    f"{RULE}) -> Tensor"
 )
 
 STATE_AT = slice(3, 3 + len(State._fields))  # where the state stands among a cache op's arguments

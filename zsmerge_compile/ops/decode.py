@@ -54,6 +54,7 @@ def attend(
     return out.to(query.dtype).view(batch, heads, 1, dim), attention.sum(2)
 
 
+Lost = Callable[[Tensor, Tensor, Tensor], None]  # key and value [B, G, 1, D] of a token, and where it leaves [B, G, 1]
 Attend = Callable[[State, Tensor, Tensor, Tensor, Tensor, Tensor, Rule], tuple[Tensor, Tensor]]
 
 
@@ -66,11 +67,13 @@ def step(
     active: Tensor,
     rule: Rule,
     attend: Attend = attend,
+    lost: Lost | None = None,
 ) -> Tensor:
     """One decode step, in place: query [B, H, 1, D], key and value [B, G, 1, D], seen [B], active bool [B].
 
     Returns out [B, H, 1, D]. Rows that are not active keep their state; their output is undefined. `attend` may be
-    a kernel that is faster on one device; its default is plain aten, which every exporter knows.
+    a kernel that is faster on one device; its default is plain aten, which every exporter knows. `lost` is called with
+    the token that leaves.
     """
     at = seen.to(torch.int32)[:, None, None]  # [B, 1, 1] the new token's position
     alive_row = active[:, None, None]
@@ -91,6 +94,8 @@ def step(
     moves = find_moves(weight, score, position, entering, at, rule)
     gift = cam.gift(mass, moves.leaving, moves.leaves & ~moves.promoted, at, rule) if rule.merged else None
     now = State(state.key, state.value, weight, score, position, *state[5:])
+    if lost is not None:
+        tell(lost, now, moves, alive_row)
     move(state, now, key, value, moves, alive_row, gift)
     return out
 
@@ -134,6 +139,13 @@ def find_moves(weight: Tensor, score: Tensor, position: Tensor, entering: Tensor
     lowest = rank.amin(2, keepdim=True)
     place = torch.where(rank == lowest, position[:, :, part], NEVER).argmin(2, keepdim=True) + ring
     return Moves(entering, leaving, leaves, place, leaves & (lowest <= score.gather(2, leaving)))
+
+
+def tell(lost: Lost, now: State, moves: Moves, alive_row: Tensor) -> None:
+    """Call `lost` with the token that leaves the cache; needed only where there is no residual to take it."""
+    leaver = moves.leaving if moves.place is None else torch.where(moves.promoted, moves.place, moves.leaving)
+    happens = moves.leaves & (now.weight.gather(2, leaver) > 0) & alive_row
+    lost(pick(now.key, leaver), pick(now.value, leaver), happens)
 
 
 def move(

@@ -14,7 +14,7 @@ from zsmerge_compile.errors import ConfigError, must
 from zsmerge_compile.ops.policy import CachePolicy
 
 # Name -> the file whose `make` builds it. ZeroMerge is an earlier name of ZSMerge.
-_NAMES = ("cam", "full", "h2o", "kvmerger", "lm_infinite", "pyramidkv", "snapkv", "streaming", "zsmerge")
+_NAMES = ("cam", "full", "h2o", "kvmerger", "less", "lm_infinite", "pyramidkv", "snapkv", "streaming", "zsmerge")
 _FILES = {name: name for name in _NAMES} | {"zeromerge": "zsmerge"}
 
 

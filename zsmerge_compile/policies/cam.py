@@ -13,7 +13,7 @@ merged into the m oldest of the newest ones, and A is the last query's, whose ou
 as no p is cut to 1 (cam_hf drops the middle of a prompt unmerged). Draws are a hash of seed, layer, head and position,
 so that they are the same on every backend, for every batch and padding. draw="expectation" has p_i in place of M_i:
 the mean of all draws. Where fewer than m of the newest tokens are kept, those get an m-th part each, as in the code.
-What is said of sinks, windows and positions in `policies/streaming.py` holds here too.
+Positions are those of the text; what `policies/streaming.py` says of sinks and windows holds here too.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class CaMPolicy(StreamingPolicy):
     """budget (slots, or one count per layer), sinks (tokens, 4), merged (m, tokens, 32), draw, seed, prefill, chunk."""
 
     name = "cam"
+    keeps = "the first tokens and recent ones, the values of others merged into some"
     observed = 1
     merges_context = True
 

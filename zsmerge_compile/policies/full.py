@@ -16,6 +16,7 @@ class FullPolicy(Evicting):
     """budget: tokens a row can hold, or one count per layer, of which the smallest counts; prefill, chunk."""
 
     name = "full"
+    keeps = "everything; a row that needs more slots is refused"
 
 
 def make(budget: Any, prefill: str = "full", chunk: int = 512) -> FullPolicy:

@@ -22,6 +22,7 @@ class H2OPolicy(Evicting):
     """budget; recent (a count, or a share as float; the paper has half); prefill and chunk as `ZSMergeConfig`."""
 
     name = "h2o"
+    keeps = "recent tokens and the highest sums of attention"
 
 
 def make(budget: Any, recent: int | float = 0.5, prefill: str = "full", chunk: int = 512) -> H2OPolicy:

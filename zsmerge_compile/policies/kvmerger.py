@@ -40,6 +40,7 @@ class KVMergerPolicy(Evicting):
     """budget (slots, or one count per layer), recent and top (counts, or shares of it), sets, threshold, sigma."""
 
     name = "kvmerger"
+    keeps = "recent tokens and the highest sums of attention, a prompt's others merged in sets"
     merges_context = True
 
     def rule(self, site: Site, layout: LayerLayout) -> Rule:

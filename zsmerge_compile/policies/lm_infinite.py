@@ -26,6 +26,7 @@ class LMInfinitePolicy(StreamingPolicy):
     "text"), prefill and chunk as `ZSMergeConfig`."""
 
     name = "lm_infinite"
+    keeps = "the first tokens and recent ones, distances capped"
 
 
 def make(

@@ -17,12 +17,14 @@ from zsmerge_compile.policies.snapkv import SnapKVPolicy
 
 
 class PyramidKVPolicy(SnapKVPolicy):
-    """budget (slots, the mean over layers), window (8), kernel (7), pooling ("max"), beta (20), length (None).
+    """budget (slots, the mean over layers but for the formula's floors, which add some), window (8), kernel (7),
+    pooling ("max"), beta (20), length (None).
 
     The defaults are those of the published runs.
     """
 
     name = "pyramidkv"
+    keeps = "as snapkv, with more slots in early layers"
 
     def budgets(self, num_layers: int) -> tuple[int, ...]:
         told = self.describe()

@@ -28,6 +28,7 @@ class SnapKVPolicy(Evicting):
     """
 
     name = "snapkv"
+    keeps = "what a prompt's last queries look at, and recent tokens"
     scoring = "observed"
 
     def __init__(self, config: ZSMergeConfig, **parameters: Any) -> None:

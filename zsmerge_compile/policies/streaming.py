@@ -25,6 +25,7 @@ class StreamingPolicy(Evicting):
     and chunk as `ZSMergeConfig`."""
 
     name = "streaming"
+    keeps = "the first tokens and recent ones"
     scoring = "age"
 
     def split(self, budget: int, window: int | None) -> Split:

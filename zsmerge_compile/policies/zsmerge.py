@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from zsmerge_compile.config import Split, ZSMergeConfig
 from zsmerge_compile.ops import contracts
@@ -27,6 +28,7 @@ class ZSMergePolicy:
     """
 
     name = "zsmerge"
+    keeps = "recent tokens and the best scores, the rest merged"  # in a few words, of each class its own
     state_fields: tuple[str, ...] = State._fields
     scoring = "received"
     places = "text"
@@ -63,7 +65,9 @@ class ZSMergePolicy:
             for site, budget in zip(sites, self.budgets(len(sites)), strict=True)
         )
 
-    def allocate(self, layout: LayerLayout, batch_size: int, dtype: torch.dtype, device: torch.device) -> State:
+    def allocate(
+        self, layout: LayerLayout, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, ...]:
         """An empty state of one layer."""
         return allocate(layout, batch_size, dtype, device)
 

@@ -125,8 +125,8 @@ class Runner(GenerateMixin):
             self.cache.require_valid(prompt.rows)
         held = [0] * len(prompt.rows) if empty else self.cache.seen_tokens[prompt.rows].tolist()
         inputs.check_positions((h + n for h, n in zip(held, prompt.lengths, strict=True)), self.max_positions)
-        at_once = prompt.ids.shape[1] if self.chunk is None else self.chunk
-        reached = (min(h, self.interface.held) + min(n, at_once) for h, n in zip(held, prompt.lengths, strict=True))
+        pairs = [(h, n, min(n, self.chunk or n)) for h, n in zip(held, prompt.lengths, strict=True)]
+        reached = (min(h + n - last, self.interface.held) + last for h, n, last in pairs)  # by the last chunk
         inputs.check_positions(reached, self.interface.max_places, "tokens held and new")
         return prompt
 

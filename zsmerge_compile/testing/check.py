@@ -16,7 +16,7 @@ from zsmerge_compile.testing.compare import Mismatch, Tally, compare
 from zsmerge_compile.testing.locate import where_parts
 from zsmerge_compile.testing.report import CheckResult, EquivalenceReport
 from zsmerge_compile.testing.snippet import snippet
-from zsmerge_compile.testing.subject import Subject
+from zsmerge_compile.testing.subject import MakePolicy, Subject
 
 Progress = Callable[[str, int, int], None]  # (check, cases done, cases at most)
 
@@ -35,6 +35,7 @@ def check_equivalence(
     max_length: int | None = None,
     batch_sizes: Sequence[int] = (1, 3),
     kv_heads: int | None = None,
+    policy: MakePolicy | None = None,
     progress: Progress | None = None,
 ) -> EquivalenceReport:
     """Compare the compiled model with the untouched one at full budget, and past it with ZSMerge on lists of tokens.
@@ -53,6 +54,8 @@ def check_equivalence(
     batch_sizes   each is compiled once at full budget, and once per merge rule at the small one
     kv_heads      key/value heads that the cache must hold, for a class that is not from transformers; what the passes
                   found by default
+    policy        another cache than ZSMerge's, of so many slots: lambda budget: zs.policy("h2o", budget=budget). Only
+                  the first check is made of it, at a budget with room for all tokens in every layer
     progress      called with (check, cases done, cases at most) after every case
 
     Raises EquivalenceError with the smallest failing case, as code, and the layer where the two part; what `compile`
@@ -61,7 +64,7 @@ def check_equivalence(
     _need_hypothesis()
     started = time.perf_counter()
     sizes = _sizes(steps, max_length or 2 * budget_small, batch_sizes)
-    subject = Subject(model, backend, sizes, budget_small, kv_heads)
+    subject = Subject(model, backend, sizes, budget_small, kv_heads, policy)
     _check_positions(subject.spec.max_positions, sizes)
     results, skipped = [], []
     for check in (FULL, SMALL):

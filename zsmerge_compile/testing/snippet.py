@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zsmerge_compile.testing.cases import FULL
+from zsmerge_compile.testing.cases import FULL, Case
 from zsmerge_compile.testing.compare import Mismatch
 from zsmerge_compile.testing.subject import Subject
 
@@ -31,16 +31,16 @@ for new, real in calls:
 
 def snippet(subject: Subject, mismatch: Mismatch) -> str:
     """Python text; the last line it prints shows the difference, as a share of the range, row by row."""
-    case, config = mismatch.case, subject.config_of(mismatch.case)
-    chunked = f", prefill='chunked', chunk={case.chunk}" if case.chunk is not None else ""
+    case = mismatch.case
     lines = [
         "import torch",
         "import zsmerge_compile as zs",
         "from zsmerge_compile.models.registry import spec_for",
         *(["from zsmerge_compile.testing import Oracle"] if case.check != FULL else []),
         "",
-        f"config = zs.ZSMergeConfig(budget={config.budget}, merge={case.merge!r}{chunked})",
+        f"config = {_config(subject, case)}",
         f"compiled = zs.compile(model, config, batch_size={case.batch}, backend={subject.backend!r})",
+        *([f"compiled.chunk = {case.chunk}"] if subject.policy is not None else []),
         "calls = [  # (tokens, attention_mask of a prompt or active rows of a step)",
         *(f"    ({call.ids.tolist()}, {call.mask.tolist()})," for call in mismatch.calls),
         "]",
@@ -57,3 +57,12 @@ def snippet(subject: Subject, mismatch: Mismatch) -> str:
             chunk=case.chunk,
         )
     return "\n".join(lines) + reference.rstrip("\n") + _COMPARE
+
+
+def _config(subject: Subject, case: Case) -> str:
+    """The call that makes it."""
+    if subject.policy is not None:
+        given = ", ".join(f"{name}={value!r}" for name, value in subject.policy.describe().items())
+        return f"zs.policy({subject.policy.name!r}, {given})"
+    chunked = f", prefill='chunked', chunk={case.chunk}" if case.chunk is not None else ""
+    return f"zs.ZSMergeConfig(budget={subject.config_of(case).budget}, merge={case.merge!r}{chunked})"

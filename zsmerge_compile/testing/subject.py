@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from zsmerge_compile.api import compile
 from zsmerge_compile.config import Split, ZSMergeConfig
 from zsmerge_compile.models.registry import spec_for
+from zsmerge_compile.ops.policy import CachePolicy
 from zsmerge_compile.runtime.model import CompiledModel
 from zsmerge_compile.testing.attention_hook import kv_heads_of
 from zsmerge_compile.testing.cases import FULL, Case, Sizes
@@ -18,12 +20,23 @@ from zsmerge_compile.testing.oracle import Oracle
 from zsmerge_compile.testing.references import Listed, Reference, Untouched
 
 HALVES = (torch.bfloat16, torch.float16)
+MakePolicy = Callable[[int], CachePolicy]  # of so many slots
+ROOM = 2  # times the tokens a case feeds: a policy other than ZSMerge may hold some apart from the newest
 
 
 class Subject:
-    """A model with everything its cases need. `kv_heads` is for a model whose config does not tell them."""
+    """A model with everything its cases need. `kv_heads` is for a model whose config does not tell them, `policy` for
+    another cache than ZSMerge's."""
 
-    def __init__(self, model: nn.Module, backend: str, sizes: Sizes, budget_small: int, kv_heads: int | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        backend: str,
+        sizes: Sizes,
+        budget_small: int,
+        kv_heads: int | None,
+        policy: MakePolicy | None = None,
+    ) -> None:
         self.model: Any = model
         self.spec = spec_for(model)
         self.backend, self.sizes, self.budget_small = backend, sizes, budget_small
@@ -31,6 +44,7 @@ class Subject:
         self.known = is_known(model)
         self.noise = Noise(self.model, self.spec, sizes.total)
         self._kv_heads = kv_heads
+        self.policy = None if policy is None else self._roomy(policy)
         self._compiled: dict[tuple[str, int, str], CompiledModel] = {}
 
     @property
@@ -44,11 +58,19 @@ class Subject:
             return ZSMergeConfig(budget, merge=case.merge)
         return ZSMergeConfig(budget, merge=case.merge, prefill="chunked", chunk=case.chunk)
 
+    def _roomy(self, make: MakePolicy) -> CachePolicy:
+        """The policy at a budget at which every layer holds all that a case feeds."""
+        least = budget = max(3, ROOM * self.sizes.total)
+        while min(make(budget).budgets(self.spec.num_layers)) < least:  # some spread it over the layers
+            budget *= 2
+        return make(budget)
+
     def compiled(self, case: Case) -> CompiledModel:
         """The compiled model of a case, empty. How a prompt is cut is no part of its graphs, so chunks share one."""
         key = (case.check, case.batch, case.merge)
         if key not in self._compiled:
-            self._compiled[key] = compile(self.model, self.config_of(case), case.batch, self.backend)
+            config = self.config_of(case) if self.policy is None else self.policy
+            self._compiled[key] = compile(self.model, config, case.batch, self.backend)
         compiled = self._compiled[key]
         compiled.reset()
         compiled.chunk = case.chunk
@@ -94,6 +116,8 @@ class Subject:
 
     def why_no_oracle(self, case: Case) -> str:
         """What the oracle does not know of this model, "" if it knows enough."""
+        if self.policy is not None:
+            return f"the oracle is ZSMerge on lists of tokens, and this is {self.policy.name}"
         sites = self.compiled(case).report.sites
         if not self.known and any(site.slopes is not None for site in sites):
             return "the oracle reads ALiBi slopes from a transformers config, and this model has none"
