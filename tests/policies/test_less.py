@@ -14,6 +14,7 @@ from torch.nn.functional import gelu
 
 import zsmerge_compile as zs
 from tests.models_zoo import prompt, tiny
+from tests.policies.following import assert_follows
 from tests.policies.lists import LESS
 from zsmerge_compile.errors import ConfigError
 from zsmerge_compile.lower import kernels
@@ -117,13 +118,7 @@ def test_opcheck(n: int) -> None:
 def test_with_room_for_all_tokens_it_is_the_untouched_model() -> None:
     model, ids = tiny("llama-gqa"), prompt(1, 20)["input_ids"]
     ours = zs.compile(model, zs.policy("less", budget=60, weights=random_weights(2, 4, 2, 8)), backend="eager")
-    logits = ours.prefill(ids)
-    for _ in range(20):
-        with torch.no_grad():
-            theirs = model(ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
-        torch.testing.assert_close(logits, theirs, rtol=1e-4, atol=1e-4)
-        token = logits.argmax(-1, keepdim=True)
-        ids, logits = torch.cat([ids, token], 1), ours.decode(token)
+    assert_follows(ours, model, ids, 20)
 
 
 def test_weights_are_those_of_the_model(tmp_path: Path) -> None:

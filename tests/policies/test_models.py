@@ -11,6 +11,7 @@ import torch
 import zsmerge_compile as zs
 from tests.bundles.made import PADS, greedy
 from tests.models_zoo import KV_HEADS, prompt, tiny
+from tests.policies.following import assert_follows
 from tests.policies.test_less import random_weights
 from zsmerge_compile.ops.policy import CachePolicy
 from zsmerge_compile.policies import names
@@ -64,14 +65,7 @@ def test_rows_do_not_depend_on_padding_or_each_other(name: str, model: str) -> N
 def test_full_is_the_untouched_model_and_refuses_more(model: str) -> None:
     theirs = tiny(model)
     ours = zs.compile(theirs, zs.policy("full", budget=40), backend="eager")
-    ids = prompt(1, 20)["input_ids"]
-    logits = ours.prefill(ids)
-    for _ in range(20):
-        with torch.no_grad():
-            expected = theirs(ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
-        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-        token = logits.argmax(-1, keepdim=True)
-        ids, logits = torch.cat([ids, token], 1), ours.decode(token)
+    token = assert_follows(ours, theirs, prompt(1, 20)["input_ids"], 20)
     with pytest.raises(zs.ZSMergeError, match="tokens seen must be at most 40"):
         ours.decode(token)
 

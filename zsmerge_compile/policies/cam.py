@@ -21,12 +21,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from zsmerge_compile.config import ZSMergeConfig
 from zsmerge_compile.errors import ConfigError, must
 from zsmerge_compile.ops import cam
 from zsmerge_compile.ops.policy import Site
 from zsmerge_compile.ops.state import LayerLayout, Rule
-from zsmerge_compile.policies.streaming import StreamingPolicy, check_sinks
+from zsmerge_compile.policies.streaming import StreamingPolicy, config_of
 
 DRAWS = ("bernoulli", "expectation")
 
@@ -55,8 +54,7 @@ def make(
     chunk: int = 512,
 ) -> CaMPolicy:
     """Raises ConfigError."""
-    config = ZSMergeConfig(budget, 1, residual=0, alpha=0.0, decay=0.0, prefill=prefill, chunk=chunk)
-    check_sinks(sinks, config)
+    config = config_of(budget, sinks, "text", prefill, chunk)
     for name, value, least in (("merged", merged, 1), ("seed", seed, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**32:
             raise ConfigError(must(name, f"an integer from {least} to 2**32 - 1", repr(value)))

@@ -26,11 +26,11 @@ from zsmerge_compile.errors import ConfigError, must
 from zsmerge_compile.ops import contracts, less
 from zsmerge_compile.ops.policy import Site
 from zsmerge_compile.ops.state import LayerLayout, allocate
-from zsmerge_compile.policies.streaming import check_sinks
+from zsmerge_compile.policies.streaming import config_of, split_of
 from zsmerge_compile.policies.zsmerge import Evicting
 
 EVICTIONS = ("h2o", "streaming")
-RANK, HIDDEN = 8, 512  # as published; of random weights
+RANK, WIDTHS = 8, 4  # as published: hidden size 512 for heads of 128 dimensions; of random weights
 SHIPPED = ("falcon", "llama", "mistral")
 FILE = "less.safetensors"
 HINT = "train them for this model with tools/train_less"
@@ -54,10 +54,7 @@ class LESSPolicy(Evicting):
     def split(self, budget: int, window: int | None) -> Split:
         if self.describe()["eviction"] == "h2o":
             return super().split(budget, window)
-        if window is not None and window <= budget:
-            return Split(window, 0, 0)
-        sinks = self.describe()["sinks"]
-        return Split(budget - sinks, sinks, 0)
+        return split_of(self.describe()["sinks"], budget, window)
 
     def layouts(self, sites: Sequence[Site]) -> tuple[LayerLayout, ...]:
         """As any policy's. Raises ConfigError where the weights are of another model."""
@@ -72,14 +69,14 @@ class LESSPolicy(Evicting):
         """A layer's feature maps. Raises ConfigError."""
         if self.tensors is None:
             generator = torch.Generator().manual_seed(site.layer)
-            sizes = expected(site.heads, site.kv_heads, site.head_dim, HIDDEN, RANK)
+            sizes = expected(site.heads, site.kv_heads, site.head_dim, WIDTHS * site.head_dim, RANK)
             return less.Maps(*(torch.randn(size, generator=generator) * 0.02 for size in sizes))
         found = []
         for name in less.Maps._fields:
             if f"{site.layer}.{name}" not in self.tensors:
                 raise ConfigError(must(f"LESS weights {name} of layer {site.layer}", "given", "none", HINT))
             found.append(self.tensors[f"{site.layer}.{name}"].float())
-        hidden = found[1].shape[-2] if found[1].dim() == 3 else HIDDEN
+        hidden = found[1].shape[-2] if found[1].dim() == 3 else WIDTHS * site.head_dim
         shapes = expected(site.heads, site.kv_heads, site.head_dim, hidden, self.rank)
         for name, tensor, shape in zip(less.Maps._fields, found, shapes, strict=True):
             if tuple(tensor.shape) != shape:
@@ -126,9 +123,10 @@ def make(
     if eviction not in EVICTIONS:
         raise ConfigError(must("eviction", f"one of {', '.join(EVICTIONS)}", repr(eviction)))
     by_score = eviction == "h2o"
-    more: dict[str, Any] = {"proximity": recent if by_score else 1, "decay": 1.0 if by_score else 0.0}
-    config = ZSMergeConfig(budget, residual=0, alpha=0.0, prefill=prefill, chunk=chunk, **more)
-    check_sinks(0 if by_score else sinks, config)
+    if by_score:
+        config = ZSMergeConfig(budget, recent, residual=0, alpha=0.0, decay=1.0, prefill=prefill, chunk=chunk)
+    else:
+        config = config_of(budget, sinks, "text", prefill, chunk)
     told = {"recent": recent} if by_score else {"sinks": sinks}
     shown = "given" if isinstance(weights, Mapping) else str(weights)
     parameters = {"weights": shown, "eviction": eviction, **told, "prefill": prefill, "chunk": chunk}

@@ -29,10 +29,14 @@ class StreamingPolicy(Evicting):
     scoring = "age"
 
     def split(self, budget: int, window: int | None) -> Split:
-        if window is not None and window <= budget:
-            return Split(window, 0, 0)
-        sinks = self.describe()["sinks"]
-        return Split(budget - sinks, sinks, 0)
+        return split_of(self.describe()["sinks"], budget, window)
+
+
+def split_of(sinks: int, budget: int, window: int | None) -> Split:
+    """Sinks as the context, the rest as the ring; a layer's own window alone where it fits."""
+    if window is not None and window <= budget:
+        return Split(window, 0, 0)
+    return Split(budget - sinks, sinks, 0)
 
 
 def make(
