@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -153,10 +155,11 @@ def test_saved_caches_name_their_policy(tmp_path: Path) -> None:
     "name, given, message",
     [
         ("lru", {}, "policy must be one of cam, full, h2o, .* got 'lru'"),
+        (["h2o"], {}, r"policy must be one of cam, full, h2o, .* got \['h2o'\]"),
         ("h2o", {}, "parameters of h2o must be budget, recent, prefill, chunk, got missing .* 'budget'"),
         ("h2o", {"budget": 12, "sinks": 4}, "parameters of h2o must be .* got an unexpected .* 'sinks'"),
         ("h2o", {"budget": 2}, "budget must be an integer of at least 3"),
-        ("h2o", {"budget": 12, "recent": 13}, "proximity must be at most the budget"),
+        ("h2o", {"budget": 12, "recent": 13}, "recent must be at most the budget"),
         ("zsmerge", {"budget": 12, "size": 3}, "parameters of zsmerge must be budget, proximity, .* 'size'"),
         ("streaming", {"budget": 12, "sinks": 12}, "sinks must be a count below the budget of 12, got 12"),
         ("streaming", {"budget": 12, "sinks": 1.5}, "sinks must be a count below the budget of 12, got 1.5"),
@@ -170,7 +173,7 @@ def test_saved_caches_name_their_policy(tmp_path: Path) -> None:
         ("kvmerger", {"budget": 12, "threshold": 2}, "threshold must be a cosine, .*, got 2"),
         ("kvmerger", {"budget": 12, "sigma": 0.0}, "sigma must be a number above 0, got 0.0"),
         ("kvmerger", {"budget": 12, "normalized": 1}, "normalized must be True or False, got 1"),
-        ("snapkv", {"budget": 12, "window": 13}, "proximity must be at most the budget"),
+        ("snapkv", {"budget": 12, "window": 13}, "window must be at most the budget"),
         ("snapkv", {"budget": 64, "window": 0.5}, "window must be a count of at least 1, got 0.5"),
         ("snapkv", {"budget": 64, "kernel": 4}, "kernel must be odd"),
         ("snapkv", {"budget": 64, "pooling": "sum"}, "pooling must be one of avg, max, got 'sum'"),
@@ -182,3 +185,15 @@ def test_saved_caches_name_their_policy(tmp_path: Path) -> None:
 def test_parameters_are_checked(name: str, given: dict[str, Any], message: str) -> None:
     with pytest.raises(zs.ZSMergeError, match=message):
         zs.policy(name, **given)
+
+
+def test_numbers_may_be_of_any_library() -> None:
+    of_numpy = {"recent": np.float64(0.34), "top": np.int64(4), "sigma": np.float32(5), "normalized": np.bool_(True)}
+    plain = {"recent": 0.34, "top": 4, "sigma": 5.0, "normalized": True}
+    for budget in (np.int64(12), torch.tensor(12), np.array([12, 12])):
+        made = zs.policy("kvmerger", budget=budget, **of_numpy).describe()
+        expected = zs.policy("kvmerger", budget=12 if budget.ndim == 0 else (12, 12), **plain).describe()
+        assert json.dumps(made) == json.dumps(expected)
+    assert zs.ZSMergeConfig(np.int32(64), proximity=np.int64(8), chunk=np.int64(32)) == zs.ZSMergeConfig(
+        64, proximity=8, chunk=32
+    )

@@ -12,7 +12,8 @@ Ours: A is added up over the query heads of a group. Of several tokens at once, 
 merged into the m oldest of the newest ones, and A is the last query's, whose output the merged values then keep as far
 as no p is cut to 1 (cam_hf drops the middle of a prompt unmerged). Draws are a hash of seed, layer, head and position,
 so that they are the same on every backend, for every batch and padding. draw="expectation" has p_i in place of M_i:
-the mean of all draws. Where fewer than m of the newest tokens are kept, those get an m-th part each, as in the code.
+the mean of all draws. Where fewer than m of the newest tokens are kept, those get an m-th part each, as in the
+code. Values are added, not averaged: where p stays near 1 for a long text they grow without bound, as published.
 Positions are those of the text; what `policies/streaming.py` says of sinks and windows holds here too.
 """
 

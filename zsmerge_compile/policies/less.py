@@ -14,7 +14,9 @@ on the shipped Mistral at 10 and 5% of the prompt. That its maps bring single la
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from zsmerge_compile.ops import contracts, less
 from zsmerge_compile.ops.policy import Site
 from zsmerge_compile.ops.state import LayerLayout, allocate
 from zsmerge_compile.policies.streaming import config_of, split_of
-from zsmerge_compile.policies.zsmerge import Evicting
+from zsmerge_compile.policies.zsmerge import Evicting, evicting_config
 
 EVICTIONS = ("h2o", "streaming")
 RANK, WIDTHS = 8, 4  # as published: hidden size 512 for heads of 128 dimensions; of random weights
@@ -39,7 +41,7 @@ HINT = "train them for this model with tools/train_less"
 class LESSPolicy(Evicting):
     """budget; weights (a file of `tools/train_less`, tensors by name, a shipped model: falcon, llama, mistral; or
     "random", of the published sizes, to measure time and memory by); eviction ("h2o" or "streaming"); recent (h2o: a
-    count, or a share as float), sinks (streaming: tokens, 4); prefill and chunk as `ZSMergeConfig`."""
+    count, or a share as float, 0.5), sinks (streaming: tokens, 4); prefill and chunk as `ZSMergeConfig`."""
 
     name = "less"
     keeps = "as h2o or streaming, what leaves in a state of low rank"
@@ -76,6 +78,8 @@ class LESSPolicy(Evicting):
             if f"{site.layer}.{name}" not in self.tensors:
                 raise ConfigError(must(f"LESS weights {name} of layer {site.layer}", "given", "none", HINT))
             found.append(self.tensors[f"{site.layer}.{name}"].float())
+            if not found[-1].isfinite().all():
+                raise ConfigError(must(f"LESS weights {name} of layer {site.layer}", "finite", "nan or inf", HINT))
         hidden = found[1].shape[-2] if found[1].dim() == 3 else WIDTHS * site.head_dim
         shapes = expected(site.heads, site.kv_heads, site.head_dim, hidden, self.rank)
         for name, tensor, shape in zip(less.Maps._fields, found, shapes, strict=True):
@@ -83,6 +87,15 @@ class LESSPolicy(Evicting):
                 what = f"LESS weights {name} of layer {site.layer}"
                 raise ConfigError(must(what, list(shape), list(tensor.shape), HINT))
         return less.Maps(*found)
+
+    @cached_property
+    def state_kind(self) -> str:
+        """The low-rank state means something beside the maps it was made with only, and beside its eviction."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted((self.tensors or {}).items()):
+            digest.update(f"{name} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        return f"{self.name}, {self.describe()['eviction']} eviction, weights {digest.hexdigest()[:16]}"
 
     @property
     def rank(self) -> int:
@@ -114,20 +127,24 @@ def make(
     budget: Any,
     weights: str | Path | Mapping[str, Tensor],
     eviction: str = "h2o",
-    recent: int | float = 0.5,
-    sinks: int = 4,
+    recent: int | float | None = None,
+    sinks: int | None = None,
     prefill: str = "full",
     chunk: int = 512,
 ) -> LESSPolicy:
     """Raises ConfigError."""
     if eviction not in EVICTIONS:
         raise ConfigError(must("eviction", f"one of {', '.join(EVICTIONS)}", repr(eviction)))
-    by_score = eviction == "h2o"
-    if by_score:
-        config = ZSMergeConfig(budget, recent, residual=0, alpha=0.0, decay=1.0, prefill=prefill, chunk=chunk)
+    unused, given = ("sinks", sinks) if eviction == "h2o" else ("recent", recent)
+    if given is not None:
+        raise ConfigError(must(unused, f"left out, as {eviction} eviction has none", repr(given)))
+    told: dict[str, Any]
+    if eviction == "h2o":
+        told = {"recent": 0.5 if recent is None else recent}
+        config = evicting_config(budget, told["recent"], "recent", decay=1.0, prefill=prefill, chunk=chunk)
     else:
-        config = config_of(budget, sinks, "text", prefill, chunk)
-    told = {"recent": recent} if by_score else {"sinks": sinks}
+        told = {"sinks": 4 if sinks is None else sinks}
+        config = config_of(budget, told["sinks"], "text", prefill, chunk)
     shown = "given" if isinstance(weights, Mapping) else str(weights)
     parameters = {"weights": shown, "eviction": eviction, **told, "prefill": prefill, "chunk": chunk}
     return LESSPolicy(config, _read(weights), **parameters)
@@ -135,6 +152,9 @@ def make(
 
 def _read(weights: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
     if isinstance(weights, Mapping):
+        for name, tensor in weights.items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise ConfigError(must("weights", "tensors by name", f"{type(tensor).__name__} {name!r}"))
         return weights
     if weights == "random":
         return None
