@@ -69,7 +69,7 @@ def lift_rotation(gm: fx.GraphModule, sites: Sequence[Site]) -> int:
     """Give every canonical attention its queries and keys unrotated; returns the number of attentions changed."""
     changed = 0
     for layer, node in attention_sites(gm):
-        site = next(site for site in sites if site.layer == layer)
+        site = sites[layer]
         if site.frequencies is None:
             continue
         with gm.graph.inserting_before(node):

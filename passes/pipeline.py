@@ -59,8 +59,6 @@ def run(prefill: fx.GraphModule, decode: fx.GraphModule, spec: ModelSpec, policy
         sites = find_rotations(prefill, sites, spec.max_positions)
     layouts = policy.layouts(sites)
     for graph in graphs:
-        if policy.places != "text":
-            graph.apply("lift_rotation", partial(lift_rotation, sites=sites))
         graph.insert_cache(sites, layouts, policy)
     counts = {graph.name: graph.counts for graph in graphs}
     return Rewritten(prefill, decode, sites, layouts, counts)
@@ -88,8 +86,6 @@ def run_one(
                 expected = f"{getattr(known, field)}, as in the model that the cache is for"
                 raise UnsupportedGraphError(must(what, expected, got, found.source))
     confirm_masks(gm, context)
-    if policy.places != "text":
-        graph.apply("lift_rotation", partial(lift_rotation, sites=sites))
     graph.insert_cache(sites, layouts, policy)
     return graph.counts
 
@@ -137,6 +133,9 @@ class _Graph:
             self.apply(name, partial(rewrite, ctx=self.context))
 
     def insert_cache(self, sites: Sequence[Site], layouts: Sequence[LayerLayout], policy: CachePolicy) -> None:
+        """And before it, where the policy rotates queries and keys by itself, take their rotations away."""
+        if policy.places != "text":
+            self.apply("lift_rotation", partial(lift_rotation, sites=sites))
         order = [layer for layer, _ in attention_sites(self.module)]
         insert = partial(
             insert_cache,

@@ -85,10 +85,25 @@ def cases(
 
 
 def with_any_scores(case: Case) -> st.SearchStrategy[Case]:
-    """The case with what any policy takes for a score; "age" may merge as CaM does, "received" as KVMerger does."""
+    """The case with what any policy takes for a score."""
 
-    def scored(merged: int, seed: int | None, sets: dict[str, Any], **scores: Any) -> Case:
-        rule = replace(case.rule, **scores)
+    def scored(**scores: Any) -> Case:
+        return case._replace(rule=replace(case.rule, **scores))
+
+    return st.builds(
+        scored,
+        scoring=st.sampled_from(SCORINGS),
+        observed=st.integers(1, 8),
+        kernel=st.sampled_from([1, 3, 5]),
+        pooling=st.sampled_from(POOLINGS),
+    )
+
+
+def with_any_rule(case: Case) -> st.SearchStrategy[Case]:
+    """`with_any_scores`, and "age" may merge as CaM does, "received" as KVMerger does."""
+
+    def merging(case: Case, merged: int, seed: int | None, sets: dict[str, Any]) -> Case:
+        rule = case.rule
         if rule.scoring == "age" and merged:
             rule = replace(rule, merged=merged, seed=None if seed is None else torch.tensor([seed]))
         if rule.scoring == "received" and rule.context > sets["pinned"]:
@@ -96,7 +111,8 @@ def with_any_scores(case: Case) -> st.SearchStrategy[Case]:
         return case._replace(rule=rule)
 
     return st.builds(
-        scored,
+        merging,
+        with_any_scores(case),
         merged=st.integers(0, 6),
         seed=st.one_of(st.none(), SEEDS),
         sets=st.fixed_dictionaries(
@@ -108,8 +124,4 @@ def with_any_scores(case: Case) -> st.SearchStrategy[Case]:
                 "normalized": st.booleans(),
             }
         ),
-        scoring=st.sampled_from(SCORINGS),
-        observed=st.integers(1, 8),
-        kernel=st.sampled_from([1, 3, 5]),
-        pooling=st.sampled_from(POOLINGS),
     )

@@ -65,8 +65,8 @@ class Cache:
     def load(self, path: str | os.PathLike[str], rows: Rows = None) -> None:
         """Replace all rows, or some in the order given, by the rows of a file that `save` wrote; they are valid then.
 
-        The file must have as many rows and the same policy and layers (shapes, dtypes and parts of the budget); which
-        model filled it is not known. Raises InputError, and nothing is written.
+        The file must have as many rows and the same policy (of LESS, the same eviction and weights) and layers (shapes,
+        dtypes and parts of the budget); which model filled it is not known. Raises InputError, and nothing is written.
         """
         chosen = inputs.check_rows(rows, len(self._broken))
         loaded = cache_file.read(path, self.interface, len(chosen))

@@ -1,7 +1,7 @@
 """A cache's rows as one safetensors file, so that what a long document left can be kept and used again.
 
 The file holds `seen_tokens` [b] and every state tensor [b, ...] under its name in the graphs (`layer0_key`, ...); its
-metadata names the policy and the parts of each layer's budget. It rests on no backend, batch size or device.
+metadata names the kind of state and the parts of each layer's budget. It rests on no backend, batch size or device.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def read(path: str | os.PathLike[str], interface: Interface, rows: int) -> list[
 
 
 def _metadata(interface: Interface) -> dict[str, str]:
-    return {"kind": KIND, "version": VERSION, "policy": interface.policy, "layers": json.dumps(interface.parts)}
+    return {"kind": KIND, "version": VERSION, "policy": interface.kind, "layers": json.dumps(interface.parts)}
 
 
 def _check_metadata(found: dict[str, str], interface: Interface) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -56,7 +55,10 @@ class ZSMergeConfig:
     chunk: int = 512
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", _plain(self.budget))
+        for field in fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
+        if isinstance(self.budget, Sequence) and not isinstance(self.budget, str):
+            object.__setattr__(self, "budget", tuple(self.budget))
         _check(self.budget != (), "budget list", "one count per layer", "an empty list")
         for budget in self._budgets():
             _check(_is_count(budget) and budget >= SMALLEST, "budget", f"an integer of at least {SMALLEST}", budget)
@@ -126,18 +128,13 @@ def _resolve(part: int | float, whole: int, clamped: bool) -> int:
     return min(part, whole) if clamped else part
 
 
-def _plain(budget: Any) -> Any:
-    """A budget as an int or a tuple of ints, whatever integers it came as (numpy's, say); else as it is."""
-    if isinstance(budget, bool | str):
-        return budget
-    if hasattr(budget, "tolist"):  # numpy, torch
-        budget = budget.tolist()
-    if isinstance(budget, Sequence):
-        return tuple(_plain(count) for count in budget)
-    try:
-        return operator.index(budget)
-    except TypeError:
-        return budget
+def plain(value: Any) -> Any:
+    """Python's own numbers, and lists of them, for those of numpy and torch; anything else as it is."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return type(value)(plain(one) for one in value)
+    return value
 
 
 def _is_count(value: object) -> bool:

@@ -25,7 +25,7 @@ class TensorSpec(NamedTuple):
 class Interface:
     """What a runtime must know of two graphs to call them.
 
-    policy  name of the cache policy
+    kind    whose state it is (`CachePolicy.state_kind`)
     parts   one per layer: what its slots are for, by name ({"proximity": 10, "context": 8, ...})
     state   one per layer: its tensors by name, in the order in which the graphs take them; an empty cache is all zeros
     """
@@ -36,7 +36,7 @@ class Interface:
     vocab_size: int
     max_positions: int | None  # tokens a row can see; None: no limit
     max_places: int | None  # the same of a prompt and what is held before it, where only these count
-    policy: str
+    kind: str
     parts: tuple[dict[str, int | None], ...]
     state: tuple[dict[str, TensorSpec], ...]
 
@@ -96,7 +96,7 @@ class Program:
             vocab_size=self.spec.vocab_size,
             max_positions=None if places in BOUNDED else min(limits, default=None),
             max_places=positions if places == "cache" else None,
-            policy=self.policy.name,
+            kind=self.policy.state_kind,
             parts=tuple(layout.parts() for layout in self.layouts),
             state=tuple(self._specs(layout) for layout in self.layouts),
         )

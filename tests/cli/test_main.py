@@ -52,9 +52,7 @@ def mistake(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("command", [["inspect"], ["check"], ["run", "--prompt", "w5"]])
-def test_paths_that_are_no_checkpoints(
-    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_paths_that_are_no_checkpoints(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "weights.bin"
     file.write_bytes(b"")
     assert "which is not there" in mistake([*command, str(tmp_path / "nowhere")], capsys)

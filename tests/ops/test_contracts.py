@@ -52,9 +52,7 @@ def test_schema_declares_every_state_tensor_as_mutated_and_nothing_else(op: Any)
 @pytest.mark.parametrize("attend", [decode.attend, cpp_decode.attend], ids=["aten", "cpp"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", [RULE, ALIBI, CAM], ids=["causal", "alibi-window", "cam"])
-def test_inductor_compiles_the_step_without_copying_keys_or_values(
-    rule: Rule, dtype: torch.dtype, attend: Any
-) -> None:
+def test_inductor_compiles_the_step_without_copying_keys_or_values(rule: Rule, dtype: torch.dtype, attend: Any) -> None:
     """fullgraph, and no buffer as large as K or V in the generated code (index_put_ is done in place)."""
     args, (seen, active) = arguments(1, rule, dtype), (12, 13)
     build.load()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.states import assert_same_states
-from tests.strategies import Case, cases, tokens, with_any_scores
+from tests.strategies import Case, cases, tokens, with_any_rule
 from zsmerge_compile.ops import decode, prefill, reference
 from zsmerge_compile.ops.cpp import build
 from zsmerge_compile.ops.cpp import decode as cpp_decode
@@ -31,7 +31,7 @@ def copy(state: State) -> State:
 
 @pytest.mark.parametrize("attend", ATTEND)
 @settings(max_examples=60, deadline=None)
-@given(case=cases().flatmap(with_any_scores), steps=st.integers(1, 40), data=st.data())
+@given(case=cases().flatmap(with_any_rule), steps=st.integers(1, 40), data=st.data())
 def test_decode_step(attend: str, case: Case, steps: int, data: st.DataObject) -> None:
     """Each step is compared from the same state, so a tie broken by rounding cannot spread."""
     generator, state = case.generator(), case.empty()
@@ -51,7 +51,7 @@ def test_decode_step(attend: str, case: Case, steps: int, data: st.DataObject) -
 
 @pytest.mark.parametrize("parts", PARTS)
 @settings(max_examples=60, deadline=None)
-@given(case=cases().flatmap(with_any_scores), first=st.integers(1, 60), then=st.integers(1, 20), data=st.data())
+@given(case=cases().flatmap(with_any_rule), first=st.integers(1, 60), then=st.integers(1, 20), data=st.data())
 def test_extend(parts: str, case: Case, first: int, then: int, data: st.DataObject) -> None:
     """A prompt on an empty cache, then more tokens for some rows, with padding."""
     generator, state = case.generator(), case.empty()

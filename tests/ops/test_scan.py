@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.states import assert_same_states
-from tests.strategies import Case, cases, tokens, with_any_scores
+from tests.strategies import Case, cases, tokens, with_any_rule
 from zsmerge_compile.ops import reference, scan
 from zsmerge_compile.testing.tolerance import OP_FP32
 
@@ -29,7 +29,7 @@ def unrolled(step: Any, start: Any, sliced: Any) -> tuple[Any, torch.Tensor]:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    case=cases().flatmap(with_any_scores),
+    case=cases().flatmap(with_any_rule),
     lengths=st.lists(st.integers(1, 150), min_size=1, max_size=3),
     data=st.data(),
 )

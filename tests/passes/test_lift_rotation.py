@@ -13,6 +13,7 @@ import zsmerge_compile as zs
 from tests.graphs import attentions, captured, count
 from tests.handwritten import storyteller
 from tests.models_zoo import FAMILIES, prompt, tiny
+from tests.policies.following import assert_follows, untouched
 from zsmerge_compile.errors import ConfigError, InputError, UnsupportedGraphError
 from zsmerge_compile.ops import places
 from zsmerge_compile.ops.state import Rule
@@ -88,11 +89,7 @@ def test_other_rotations_are_refused() -> None:
 def test_with_room_for_all_tokens_it_is_the_untouched_model(name: str, policy: str) -> None:
     model, ids = tiny(name), prompt(1, 20)["input_ids"]
     ours = zs.compile(model, zs.policy(policy, budget=60), backend="eager")
-    logits = ours.prefill(ids)
-    for _ in range(30):
-        torch.testing.assert_close(logits, theirs(model, ids), rtol=1e-4, atol=1e-4)
-        token = logits.argmax(-1, keepdim=True)
-        ids, logits = torch.cat([ids, token], 1), ours.decode(token)
+    assert_follows(ours, model, ids, 30)
 
 
 @pytest.mark.parametrize("name", ["llama-yarn", "llama-gqa", "mistral", "mistral-w8", "falcon-new", "falcon-rw"])
@@ -104,14 +101,8 @@ def test_one_layer_sees_sinks_and_recent_tokens_as_a_text_of_their_own(name: str
     logits = ours.prefill(ids[:, :12])
     for end in range(12, 150):
         kept = ids[:, :end] if end <= 13 else torch.cat([ids[:, :3], ids[:, end - 10 : end]], 1)
-        torch.testing.assert_close(logits, theirs(model, kept), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits, untouched(model, kept), rtol=1e-4, atol=1e-4)
         logits = ours.decode(ids[:, end : end + 1])
-
-
-def theirs(model: Any, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        logits: Tensor = model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, -1]
-    return logits
 
 
 def test_positions_have_an_end_only_where_they_count() -> None:

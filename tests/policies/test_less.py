@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from torch.nn.functional import gelu
 
 import zsmerge_compile as zs
 from tests.models_zoo import prompt, tiny
+from tests.policies.following import assert_follows
 from tests.policies.lists import LESS
-from zsmerge_compile.errors import ConfigError
+from zsmerge_compile.errors import ConfigError, InputError
 from zsmerge_compile.lower import kernels
 from zsmerge_compile.ops import less
 from zsmerge_compile.ops.policy import Site
@@ -117,13 +119,7 @@ def test_opcheck(n: int) -> None:
 def test_with_room_for_all_tokens_it_is_the_untouched_model() -> None:
     model, ids = tiny("llama-gqa"), prompt(1, 20)["input_ids"]
     ours = zs.compile(model, zs.policy("less", budget=60, weights=random_weights(2, 4, 2, 8)), backend="eager")
-    logits = ours.prefill(ids)
-    for _ in range(20):
-        with torch.no_grad():
-            theirs = model(ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
-        torch.testing.assert_close(logits, theirs, rtol=1e-4, atol=1e-4)
-        token = logits.argmax(-1, keepdim=True)
-        ids, logits = torch.cat([ids, token], 1), ours.decode(token)
+    assert_follows(ours, model, ids, 20)
 
 
 def test_weights_are_those_of_the_model(tmp_path: Path) -> None:
@@ -147,3 +143,55 @@ def test_weights_are_those_of_the_model(tmp_path: Path) -> None:
         zs.policy("less", budget=12, weights=tmp_path / "bad")
     with pytest.raises(ConfigError, match="eviction must be one of h2o, streaming"):
         zs.policy("less", budget=12, weights=weights, eviction="none")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"weights": {"0.w1": 3}}, "weights must be tensors by name, got int '0.w1'"),
+        ({"eviction": "streaming", "recent": 3}, "recent must be left out, as streaming eviction has none, got 3"),
+        ({"sinks": 3}, "sinks must be left out, as h2o eviction has none, got 3"),
+        ({"eviction": "streaming", "sinks": 12}, "sinks must be a count below the budget of 12, got 12"),
+        ({"recent": 13}, "recent must be at most the budget of 12 slots, got 13"),
+    ],
+)
+def test_parameters_that_it_does_not_use_are_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        zs.policy("less", **{"budget": 12, "weights": random_weights(1, 4, 2, 8), **given})
+
+
+def test_weights_that_are_no_numbers_are_refused() -> None:
+    weights = random_weights(2, 4, 2, 8)
+    weights["1.u2"][0, 0, 0] = float("nan")
+    with pytest.raises(ConfigError, match="LESS weights u2 of layer 1 must be finite, got nan or inf; train them"):
+        zs.compile(tiny("llama-gqa"), zs.policy("less", budget=12, weights=weights), backend="eager")
+
+
+def test_a_saved_cache_goes_to_the_same_maps_and_eviction_only(tmp_path: Path) -> None:
+    """The low-rank state is a sum of what these maps made of keys: with others it would be noise, in the same shape."""
+    model, path, weights = tiny("llama-gqa"), tmp_path / "cache", random_weights(2, 4, 2, 8)
+    other = weights | {"1.d1": weights["1.d1"] * 1.5}
+    ours, same, others, streaming = (
+        zs.compile(model, zs.policy("less", budget=12, weights=maps, **told), backend="eager")
+        for maps, told in (
+            (weights, {"recent": 8}),
+            ({name: tensor.clone() for name, tensor in reversed(weights.items())}, {"recent": 8}),
+            (other, {"recent": 8}),
+            (weights, {"eviction": "streaming"}),
+        )
+    )
+    ours.prefill(prompt(1, 30)["input_ids"])
+    ours.cache.save(path)
+    same.cache.load(path)
+    token = torch.tensor([[5]])
+    torch.testing.assert_close(ours.decode(token), same.decode(token))
+    for refusing, said in ((others, "h2o"), (streaming, "streaming")):
+        with pytest.raises(InputError, match=f"policy of the saved cache must be 'less, {said} eviction, weights "):
+            refusing.cache.load(path)
+        assert not refusing.cache.seen_tokens.any()
+    zs.export(ours, tmp_path / "bundle")
+    bundle = zs.load(tmp_path / "bundle")
+    bundle.cache.load(path)
+    others.cache.save(tmp_path / "other")
+    with pytest.raises(InputError, match="policy of the saved cache must be"):
+        bundle.cache.load(tmp_path / "other")

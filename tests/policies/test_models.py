@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import zsmerge_compile as zs
 from tests.bundles.made import PADS, greedy
 from tests.models_zoo import KV_HEADS, prompt, tiny
+from tests.policies.following import assert_follows
 from tests.policies.test_less import random_weights
 from zsmerge_compile.ops.policy import CachePolicy
 from zsmerge_compile.policies import names
@@ -64,14 +67,7 @@ def test_rows_do_not_depend_on_padding_or_each_other(name: str, model: str) -> N
 def test_full_is_the_untouched_model_and_refuses_more(model: str) -> None:
     theirs = tiny(model)
     ours = zs.compile(theirs, zs.policy("full", budget=40), backend="eager")
-    ids = prompt(1, 20)["input_ids"]
-    logits = ours.prefill(ids)
-    for _ in range(20):
-        with torch.no_grad():
-            expected = theirs(ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
-        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-        token = logits.argmax(-1, keepdim=True)
-        ids, logits = torch.cat([ids, token], 1), ours.decode(token)
+    token = assert_follows(ours, theirs, prompt(1, 20)["input_ids"], 20)
     with pytest.raises(zs.ZSMergeError, match="tokens seen must be at most 40"):
         ours.decode(token)
 
@@ -159,10 +155,11 @@ def test_saved_caches_name_their_policy(tmp_path: Path) -> None:
     "name, given, message",
     [
         ("lru", {}, "policy must be one of cam, full, h2o, .* got 'lru'"),
+        (["h2o"], {}, r"policy must be one of cam, full, h2o, .* got \['h2o'\]"),
         ("h2o", {}, "parameters of h2o must be budget, recent, prefill, chunk, got missing .* 'budget'"),
         ("h2o", {"budget": 12, "sinks": 4}, "parameters of h2o must be .* got an unexpected .* 'sinks'"),
         ("h2o", {"budget": 2}, "budget must be an integer of at least 3"),
-        ("h2o", {"budget": 12, "recent": 13}, "proximity must be at most the budget"),
+        ("h2o", {"budget": 12, "recent": 13}, "recent must be at most the budget"),
         ("zsmerge", {"budget": 12, "size": 3}, "parameters of zsmerge must be budget, proximity, .* 'size'"),
         ("streaming", {"budget": 12, "sinks": 12}, "sinks must be a count below the budget of 12, got 12"),
         ("streaming", {"budget": 12, "sinks": 1.5}, "sinks must be a count below the budget of 12, got 1.5"),
@@ -176,7 +173,7 @@ def test_saved_caches_name_their_policy(tmp_path: Path) -> None:
         ("kvmerger", {"budget": 12, "threshold": 2}, "threshold must be a cosine, .*, got 2"),
         ("kvmerger", {"budget": 12, "sigma": 0.0}, "sigma must be a number above 0, got 0.0"),
         ("kvmerger", {"budget": 12, "normalized": 1}, "normalized must be True or False, got 1"),
-        ("snapkv", {"budget": 12, "window": 13}, "proximity must be at most the budget"),
+        ("snapkv", {"budget": 12, "window": 13}, "window must be at most the budget"),
         ("snapkv", {"budget": 64, "window": 0.5}, "window must be a count of at least 1, got 0.5"),
         ("snapkv", {"budget": 64, "kernel": 4}, "kernel must be odd"),
         ("snapkv", {"budget": 64, "pooling": "sum"}, "pooling must be one of avg, max, got 'sum'"),
@@ -188,3 +185,15 @@ def test_saved_caches_name_their_policy(tmp_path: Path) -> None:
 def test_parameters_are_checked(name: str, given: dict[str, Any], message: str) -> None:
     with pytest.raises(zs.ZSMergeError, match=message):
         zs.policy(name, **given)
+
+
+def test_numbers_may_be_of_any_library() -> None:
+    of_numpy = {"recent": np.float64(0.34), "top": np.int64(4), "sigma": np.float32(5), "normalized": np.bool_(True)}
+    plain = {"recent": 0.34, "top": 4, "sigma": 5.0, "normalized": True}
+    for budget in (np.int64(12), torch.tensor(12), np.array([12, 12])):
+        made = zs.policy("kvmerger", budget=budget, **of_numpy).describe()
+        expected = zs.policy("kvmerger", budget=12 if budget.ndim == 0 else (12, 12), **plain).describe()
+        assert json.dumps(made) == json.dumps(expected)
+    assert zs.ZSMergeConfig(np.int32(64), proximity=np.int64(8), chunk=np.int64(32)) == zs.ZSMergeConfig(
+        64, proximity=8, chunk=32
+    )

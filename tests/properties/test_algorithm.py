@@ -74,7 +74,8 @@ def test_an_unmerged_token_loses_no_attention(case: Case, first: int, steps: int
     entering = (layer.seen % (case.rule.proximity + 1))[:, None, None].expand(-1, case.layout.kv_heads, 1)
     is_new = torch.arange(case.layout.slots) == entering
     at = torch.full((case.batch, 1, 1), n, dtype=torch.int32)
-    _, mass = decode.attend(layer.state, *last, at, entering, case.rule)  # [B, G, S] summed over a group's heads
+    bias = decode.slot_bias(layer.state, at, is_new, last.query.dtype, case.rule)
+    _, mass = decode.attend(layer.state, *last, bias, entering, case.rule)  # [B, G, S] summed over a group's heads
     single = (layer.state.weight == 1) | is_new
     place = torch.where(is_new, n, layer.state.position).long()
     in_full = weights[:, :, -1].unflatten(1, (case.layout.kv_heads, -1)).sum(2).gather(2, place)

@@ -131,9 +131,7 @@ def test_streamer(llama: Any, compiled: Compiled) -> None:
     assert ours.pieces == theirs.pieces and ours.ended
 
 
-def test_generation_config_object_and_defaults(
-    llama: Any, compiled: Compiled, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_generation_config_object_and_defaults(llama: Any, compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, run = padded(), compiled(llama, 3)
     same(llama, run, inputs, generation_config=GenerationConfig(max_new_tokens=5, do_sample=False, pad_token_id=PAD))
     for each in (llama, run):

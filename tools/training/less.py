@@ -130,8 +130,8 @@ def layers_of(model: nn.Module, ids: Tensor) -> list[Layer]:
 
 def projection(model: nn.Module, layer: int) -> Tensor:
     """The weight that joins a layer's heads."""
-    names = {name: module for name, module in model.named_modules() if f".{layer}." in name}
-    (found,) = (m for name, m in names.items() if name.rpartition(".")[2] in _PROJECTIONS and "attn" in name + "attn")
+    modules = ((name, module) for name, module in model.named_modules() if f".{layer}." in name)
+    (found,) = (module for name, module in modules if name.rpartition(".")[2] in _PROJECTIONS)
     weight: Tensor = found.weight.detach()  # type: ignore[union-attr, assignment]
     return weight
 

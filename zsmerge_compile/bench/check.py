@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,9 +11,9 @@ from zsmerge_compile.bench.decided import prompts
 from zsmerge_compile.bench.differences import HALF, of_outputs, of_states
 from zsmerge_compile.bench.fill import fill
 from zsmerge_compile.bench.machine import free_memory
-from zsmerge_compile.bench.seam import compile_alone, kernel_of
+from zsmerge_compile.bench.seam import compile_alone, kernel_of, rule_alone
 from zsmerge_compile.ops import contracts, reference
-from zsmerge_compile.ops.state import LayerLayout, Rule, State, allocate
+from zsmerge_compile.ops.state import LayerLayout, State, allocate
 from zsmerge_compile.program import Program
 
 STEPS = 3
@@ -48,7 +47,7 @@ def check_decode(program: Program, steps: int = STEPS) -> Verdict:
         return Verdict(True, f"not checked: the op of {program.policy.name} is none of ops.reference", checked=False)
     batch, layout = _size(program)
     kernel = kernel_of(program, contracts.DECODE)
-    rule = _rule(program, layout)
+    rule = rule_alone(program, layout)
     constants = contracts.spelled(rule)
     ours = allocate(layout, batch, program.dtype, program.device)
     seen = torch.full((batch,), layout.slots * 3 + 1, device=program.device)
@@ -76,7 +75,7 @@ def check_extend(program: Program) -> Verdict:
     """The same of a prompt on an empty cache, most of which has to be merged, then of one on the cache it left."""
     layout = _cut(program.layouts[0], PROMPTS[0] // 2)
     kernel = kernel_of(program, contracts.EXTEND)
-    rule = _rule(program, layout)
+    rule = rule_alone(program, layout)
     constants = contracts.spelled(rule)
     state = allocate(layout, 1, program.dtype, program.device)
     row, seen = (torch.zeros(1, dtype=torch.int64, device=program.device) for _ in range(2))
@@ -93,15 +92,6 @@ def check_extend(program: Program) -> Verdict:
             buffer.copy_(content)
         seen += tokens.key.shape[2]
     return Verdict(True, f"{what}: as ops.reference")
-
-
-def _rule(program: Program, layout: LayerLayout) -> Rule:
-    """Of the first layer at another size, on the program's device; without ALiBi, which no benchmarked model has."""
-    rule = replace(Rule(*program.policy.arguments(program.sites[0], layout)), slopes=None)
-    tensors: dict[str, Any] = {
-        name: value.to(program.device) for name, value in vars(rule).items() if isinstance(value, Tensor)
-    }
-    return replace(rule, **tensors)
 
 
 def _size(program: Program) -> tuple[int, LayerLayout]:

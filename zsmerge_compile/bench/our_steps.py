@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor
 from zsmerge_compile.bench.fill import fill
 from zsmerge_compile.bench.plain import PLAIN
 from zsmerge_compile.bench.rows import CHUNK, Row
-from zsmerge_compile.bench.seam import compile_alone, instead, kernel_of
+from zsmerge_compile.bench.seam import compile_alone, instead, kernel_of, rule_alone
 from zsmerge_compile.bench.timing import Step
 from zsmerge_compile.ops import contracts
-from zsmerge_compile.ops.state import Rule, State, allocate
+from zsmerge_compile.ops.state import State, allocate
 from zsmerge_compile.runtime.graphs import cuda_recorder
 
 NEW_TOKENS = 64  # of each timed generate
@@ -169,8 +169,7 @@ def op_step(program: Any, row: Row) -> Step:
     active = torch.ones(row.batch, dtype=torch.bool, device=program.device)
     shapes = [(row.batch, heads, 1, layout.head_dim) for heads in (layout.heads, layout.kv_heads, layout.kv_heads)]
     tokens = [torch.randn(shape, dtype=program.dtype, device=program.device) for shape in shapes]
-    rule = replace(Rule(*program.policy.arguments(program.sites[0], layout)), slopes=None)
-    arguments = contracts.spelled(rule)
+    arguments = contracts.spelled(rule_alone(program, layout))
     call = compile_alone(kernel, (*tokens, *states[0], seen, active), arguments)
 
     def run() -> Any:

@@ -9,15 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from zsmerge_compile.bench.our_steps import facts
 from zsmerge_compile.bench.rows import Row
 from zsmerge_compile.bench.timing import Step
-from zsmerge_compile.cli.policy import TRAINED, policy
-from zsmerge_compile.ops.less import Maps
-from zsmerge_compile.policies.less import expected
-from zsmerge_compile.testing.attention_hook import kv_heads_of
+from zsmerge_compile.cli.policy import policy
 
 FRESH = 512  # tokens fed beyond the slots
 PIECE = 512  # tokens of a prompt at most
@@ -35,9 +31,7 @@ def compiled_policy(model: Any, row: Row) -> Any:
 
     assert row.budget is not None and row.policy is not None
     options: dict[str, Any] = {} if row.outline is None else {"outline": row.outline}
-    choice = policy(row.policy)
-    if choice.name in TRAINED:
-        choice = choice.with_weights(_weights(model.config))
+    choice = policy(row.policy).with_weights("random")
     return zs.compile(model, choice.make(row.budget), batch_size=row.batch, **options)
 
 
@@ -69,18 +63,6 @@ def slot_bytes(compiled: Any) -> float:
     """Bytes of state per row, key/value head, layer and slot, the one slot beyond the budget being one of them."""
     slots = sum(layout.kv_heads * layout.slots for layout in compiled.program.layouts)
     return sum(tensor.nbytes for tensor in compiled.cache.flat) / (compiled.batch_size * slots)
-
-
-def _weights(config: Any) -> dict[str, Tensor]:
-    """LESS's feature maps in the sizes of its paper: rank 8, hidden size 512 for heads of 128 dimensions."""
-    heads, kv_heads = int(config.num_attention_heads), kv_heads_of(config)
-    dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    random = torch.Generator().manual_seed(0)
-    return {
-        f"{layer}.{name}": torch.randn(shape, generator=random) / shape[-2 if len(shape) > 2 else -1] ** 0.5
-        for layer in range(config.num_hidden_layers)
-        for name, shape in zip(Maps._fields, expected(heads, kv_heads, dim, 4 * dim, 8), strict=True)
-    }
 
 
 def _fill(compiled: Any, batch: int, tokens: int) -> None:

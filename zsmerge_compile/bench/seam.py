@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from zsmerge_compile.lower import inductor, kernels
 from zsmerge_compile.lower.kernels import Kernel
+from zsmerge_compile.ops.state import LayerLayout, Rule
 from zsmerge_compile.program import Program
 
 
@@ -34,6 +36,15 @@ def instead(op: Any, kernel: Kernel) -> Iterator[None]:
         yield
     finally:
         kernels.choose = choose
+
+
+def rule_alone(program: Program, layout: LayerLayout) -> Rule:
+    """Of the first layer at another size, on the program's device; without ALiBi, which no benchmarked model has."""
+    rule = replace(Rule(*program.policy.arguments(program.sites[0], layout)), slopes=None)
+    tensors: dict[str, Any] = {
+        name: value.to(program.device) for name, value in vars(rule).items() if isinstance(value, Tensor)
+    }
+    return replace(rule, **tensors)
 
 
 def compile_alone(kernel: Kernel, tensors: tuple[Tensor, ...], constants: tuple[Any, ...]) -> Callable[..., Tensor]:

@@ -84,7 +84,7 @@ def _write(compiled: CompiledModel, folder: Path, format: str, tokenizer: Any) -
             "max_positions": interface.max_positions,
             "max_places": interface.max_places,
         },
-        policy={"name": program.policy.name, "config": config},
+        policy={"name": program.policy.name, "state": interface.kind, "config": config},
         cache={
             "batch_size": interface.batch_size,
             "dtype": manifest.dtype_name(interface.dtype),

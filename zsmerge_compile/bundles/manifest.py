@@ -21,7 +21,7 @@ from zsmerge_compile.program import Interface, TensorSpec
 
 NAME = "manifest.json"
 WEIGHTS = "weights.safetensors"  # the file with all of them
-VERSION = 1
+VERSION = 2
 INPUTS = {"prefill": PREFILL_INPUTS, "decode": DECODE_INPUTS}
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*")
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16, torch.int32)}
@@ -34,7 +34,7 @@ class Manifest:
     """format     "pt2", ...
     versions   library -> version that wrote the bundle
     model      class, vocab_size, max_positions, max_places
-    policy     name and config
+    policy     name, config, and the kind of its state
     cache      batch_size, dtype, and per layer the state's tensors: [name, shape, dtype], in their order, and what its
                slots are for
     chunk      columns of a prompt's chunk, None: prompts go in whole
@@ -79,8 +79,8 @@ class Manifest:
             raise _damaged("cache and model", f"{type(error).__name__}: {error}") from error
         if not good or rows != {cache["batch_size"]}:
             raise _damaged("cache and model", "sizes that are no counts, or not those of one batch")
-        policy = str(self.policy.get("name"))
-        return Interface(cache["batch_size"], dtype, device, model["vocab_size"], *limits, policy, parts, state)
+        kind = str(self.policy.get("state"))
+        return Interface(cache["batch_size"], dtype, device, model["vocab_size"], *limits, kind, parts, state)
 
 
 def read(folder: Path) -> Manifest:

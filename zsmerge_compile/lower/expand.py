@@ -67,9 +67,7 @@ def _trace(kernel: Kernel, places: tuple[tuple[str, Any], ...], tensors: list[Te
 
 def _inline(graph: fx.Graph, node: fx.Node, body: fx.GraphModule) -> None:
     """Put the body's nodes in the place of `node`."""
-    outer: dict[fx.Node, Any] = dict(
-        zip(body.graph.find_nodes(op="placeholder"), node.all_input_nodes, strict=True)
-    )
+    outer: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), node.all_input_nodes, strict=True))
     with graph.inserting_before(node):
         for inner in body.graph.nodes:
             if inner.op == "call_function":

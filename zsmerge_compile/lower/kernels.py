@@ -37,8 +37,6 @@ def choose(op: Any, program: Program) -> Kernel:
         return _plain(op)
     if device == "cpu":
         return _cpp(op)
-    if program.policy.places != "text":
-        return _plain(op, ", not Triton: positions by place")
     refused = _triton_refuses(program)
     return _triton(op) if refused is None else _plain(op, f", not Triton: {refused}")
 

@@ -129,9 +129,7 @@ def _numbered(name: str) -> Iterator[str]:
         yield f"{name}_{number}"
 
 
-def _standard(
-    gm: fx.GraphModule, op: Any, weights: _Weights
-) -> tuple[nn.Module, tuple[str, ...]]:
+def _standard(gm: fx.GraphModule, op: Any, weights: _Weights) -> tuple[nn.Module, tuple[str, ...]]:
     """The graph with standard operators for every `op` and its weights as last inputs; their names."""
     copied = calling(gm, op, standard(op))
     taken: dict[str, fx.Node] = {}

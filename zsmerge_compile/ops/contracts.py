@@ -10,6 +10,7 @@ Shapes: B batch, b rows of one call, H query heads, G key/value heads, T columns
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -20,20 +21,26 @@ from torch import Tensor
 from zsmerge_compile.ops import prefill, reference
 from zsmerge_compile.ops.state import Rule, State
 
-_STATE = ", ".join(f"Tensor({'abcdefghi'[i]}!) {name}" for i, name in enumerate(State._fields))
-RULE = ", ".join(f"{str(field.type).replace(' | None', '?')} {field.name}" for field in fields(Rule))
+_RULE = ", ".join(f"{str(field.type).replace(' | None', '?')} {field.name}" for field in fields(Rule))
 
 _library = torch.library.Library("zsmerge", "DEF")
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool is_causal, float scale) -> Tensor"
 )
-_library.define(
-    f"decode(Tensor query, Tensor new_key, Tensor new_value, {_STATE}, Tensor seen, Tensor active, {RULE}) -> Tensor"
-)
-_library.define(
-    f"extend(Tensor query, Tensor new_key, Tensor new_value, {_STATE}, Tensor rows, Tensor seen, Tensor pads, "
-    f"{RULE}) -> Tensor"
-)
+TOKEN = ("seen", "active")  # what a call for one token per row tells beside the state
+PROMPT = ("rows", "seen", "pads")  # and one for a prompt
+
+
+def schema(name: str, state: Iterable[str], call: Iterable[str], more: Iterable[str] = ()) -> str:
+    """A cache op's: it mutates `state`; the rule and `more` tensors are its trailing arguments."""
+    written = ", ".join(f"Tensor({chr(ord('a') + i)}!) {field}" for i, field in enumerate(state))
+    told, own = (", ".join(f"Tensor {tensor}" for tensor in tensors) for tensors in (call, more))
+    given = ", ".join(part for part in (written, told, _RULE, own) if part)
+    return f"{name}(Tensor query, Tensor new_key, Tensor new_value, {given}) -> Tensor"
+
+
+_library.define(schema("decode", State._fields, TOKEN))
+_library.define(schema("extend", State._fields, PROMPT))
 
 STATE_AT = slice(3, 3 + len(State._fields))  # where the state stands among a cache op's arguments
 
@@ -69,7 +76,8 @@ def _extend(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
 @torch.library.register_fake("zsmerge::attention", lib=_library)
 @torch.library.register_fake("zsmerge::decode", lib=_library)
 @torch.library.register_fake("zsmerge::extend", lib=_library)
-def _fake(query: Tensor, *rest: object) -> Tensor:
+def like_query(query: Tensor, *rest: object) -> Tensor:
+    """The fake of every op here."""
     return torch.empty(query.shape, dtype=query.dtype, device=query.device)
 
 

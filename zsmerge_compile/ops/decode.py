@@ -21,6 +21,10 @@ from zsmerge_compile.ops.state import Rule, State, alibi_bias
 NEVER = torch.iinfo(torch.int32).max
 
 
+# More than slots is attended to: (query [b, H, t, D], logits [b, G, r, t, S], out [b, G, r, t, D] fp32) -> out, fp32
+Blend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
 class Moves(NamedTuple):
     """What one step changes, per row and key/value head: slot indices [B, G, 1] and conditions [B, G, 1]."""
 
@@ -32,13 +36,20 @@ class Moves(NamedTuple):
 
 
 def attend(
-    state: State, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, entering: Tensor, rule: Rule
+    state: State,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    entering: Tensor,
+    rule: Rule,
+    blend: Blend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Eq. 8 over the live slots and the new token, which stands in its (empty) ring slot `entering` [B, G, 1].
 
     bias [B, G, 1 or r, S] is added to q.k * scale, -inf where a slot is not live. The group's query heads are the rows
     of one matrix product, so K and V are read once per key/value head and never widened. Returns out [B, H, 1, D] and
-    the group's summed attention [B, G, S].
+    the group's summed attention [B, G, S]. blend: see `Blend`.
     """
     batch, heads, _, dim = query.shape
     groups = key.shape[1]
@@ -51,6 +62,8 @@ def attend(
     on_slots = attention.masked_fill(is_new, 0.0)
     on_new = (attention * is_new).sum(-1, keepdim=True)
     out = (on_slots.to(value.dtype) @ state.value).float() + on_new * value.float()
+    if blend is not None:
+        out = blend(query, logits[:, :, :, None], out[:, :, :, None])[:, :, :, 0]
     return out.to(query.dtype).view(batch, heads, 1, dim), attention.sum(2)
 
 

@@ -54,6 +54,10 @@ class CachePolicy(Protocol):
     max_tokens: int | None  # tokens a row may hold; None: as many as the model has positions
 
     @property
+    def state_kind(self) -> str:
+        """Whose state it is: caches of another kind cannot take it, whatever its shapes (`Cache.load`)."""
+
+    @property
     def chunk(self) -> int | None:
         """Columns of a chunk of a prompt; None: prompts go in whole."""
 

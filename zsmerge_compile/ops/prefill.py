@@ -81,9 +81,7 @@ def attend(
         if rule.scoring != "received" and 0 < first < columns:  # a kernel counts all queries from `first` on
             _, *mass = parts.blocks(state, query, key, value, seen, pads, rule, first=first, want_out=False)
         return out, mass[0], mass[1]
-    out, held, received = parts.blocks(
-        state, query, key, value, seen, pads, rule, first=first, want_out=parts.late_out
-    )
+    out, held, received = parts.blocks(state, query, key, value, seen, pads, rule, first=first, want_out=parts.late_out)
     until = first if parts.late_out else columns
     for pad, members in rows_by_padding(pads):
         if pad < until:

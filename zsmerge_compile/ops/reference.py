@@ -45,10 +45,7 @@ def extend(
     """
     attends = attend if rule.places == "text" else places.attend
     out, held, received = attends(state, query, key, value, seen, pads, rule)
-    if decoded and rule.scoring == "observed":
-        score, new_score = state.score, torch.full_like(received, scores.DECODED)
-    else:
-        score, new_score = scores.after_prompt(state, held, received, seen, pads, rule)
+    score, new_score = scores.after_prompt(state, held, received, seen, pads, rule, decoded)
     scored, attention = state._replace(score=score), (held, received)
     folding = replace(rule, sets=None) if decoded else rule
     at = seen[:, None] + torch.arange(query.shape[2], device=query.device) - pads[:, None]

@@ -10,6 +10,7 @@ Shapes: b rows, H query heads, G key/value heads, r = H / G, T columns, S slots,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ from torch import Tensor
 from torch._higher_order_ops.scan import scan
 
 from zsmerge_compile.ops import fold, places, reference, scores
+from zsmerge_compile.ops.decode import Blend
 from zsmerge_compile.ops.fold import Residual
 from zsmerge_compile.ops.state import Rule, State
 from zsmerge_compile.ops.tokens import Tokens
 
 BLOCK = 64  # columns that attend at a time
+Loop = Callable[..., tuple[Any, Tensor]]  # (step, start, slices) -> (last carry, stacked outputs), as torch's scan
 
 
 def extend_step(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
@@ -38,35 +41,77 @@ def extend(
     state: State, query: Tensor, key: Tensor, value: Tensor, seen: Tensor, pads: Tensor, rule: Rule
 ) -> tuple[Tensor, State]:
     """As `reference.extend`."""
+    out, kept, _ = extended(state, query, key, value, seen, pads, rule)
+    return out, kept
+
+
+def extended(
+    state: State,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    pads: Tensor,
+    rule: Rule,
+    blend: Blend | None = None,
+    loop: Loop | None = None,
+) -> tuple[Tensor, State, Tokens]:
+    """As `extend`, and the tokens that left ring and context, weight 0 marking holes.
+
+    blend: see `decode.Blend`; loop: what runs the blocks of queries, None: the scan operator.
+    """
     columns = query.shape[2]
     # more padding on the left, up to whole blocks; two at least, as a trace for one block would be for one alone
     short = torch.sym_max(2, (columns + BLOCK - 1) // BLOCK) * BLOCK - columns
     query, key, value = (F.pad(t, (0, 0, short, 0)) for t in (query, key, value))
     touched = (pads < columns)[:, None, None]
     pads = pads + short
-    attends = attend if rule.places == "text" else attend_placed
-    out, held, received = attends(state, query, key, value, seen, pads, rule)
+    if rule.places == "text":
+        out, held, received = attend(state, query, key, value, seen, pads, rule, blend, loop)
+    else:
+        out, held, received = attend_placed(state, query, key, value, seen, pads, rule)
     key = places.kept(key, (seen - pads)[:, None] + torch.arange(key.shape[2], device=key.device), rule)
     score, new_score = scores.after_prompt(state, held, received, seen, pads, rule)
     scored = state._replace(score=score)
     singles = rule.proximity + 1 + rule.context
     keys, values = (torch.cat([had[:, :, :singles], new], 2) for had, new in ((state.key, key), (state.value, value)))
-    ring, context, victims, after = fold.sort_out(
-        scored, keys, values, new_score, seen, pads, rule, (held, received)
-    )
-    residual = absorb(fold.open_residual(scored, after, rule.window), victims, rule.merge)
+    ring, context, victims, after = fold.sort_out(scored, keys, values, new_score, seen, pads, rule, (held, received))
+    residual = absorb(fold.open_residual(scored, after, rule.expiry), victims, rule.merge)
     folded = fold.join(ring, context, residual, state.key.dtype)
     kept = [
         torch.where(touched.view(-1, *([1] * (old.dim() - 1))), new, old)
         for old, new in zip(state, folded, strict=True)
     ]
-    return out[:, :, short:], State(*kept)
+    return out[:, :, short:], State(*kept), victims
+
+
+def one_by_one(step: Callable[..., tuple[Any, Tensor]], carry: Any, slices: tuple[Tensor, ...]) -> tuple[Any, Tensor]:
+    """What the scan operator does, in Python."""
+    outs = []
+    for chosen in zip(*slices, strict=True):
+        carry, out = step(carry, chosen)
+        outs.append(out)
+    return carry, torch.stack(outs)
+
+
+def in_blocks(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries [b, H, T, D] and their columns by blocks: [T / BLOCK, b, H, BLOCK, D] and [T / BLOCK, BLOCK]."""
+    column = torch.arange(query.shape[2], device=query.device)
+    return query.unflatten(2, (-1, BLOCK)).movedim(2, 0).contiguous(), column.unflatten(0, (-1, BLOCK))
 
 
 def attend(
-    state: State, query: Tensor, key: Tensor, value: Tensor, seen: Tensor, pads: Tensor, rule: Rule
+    state: State,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    pads: Tensor,
+    rule: Rule,
+    blend: Blend | None = None,
+    loop: Loop | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.attend`, for a number of columns that BLOCK divides."""
+    """As `reference.attend`, for a number of columns that BLOCK divides; blend and loop as for `extended`."""
     groups, slots = key.shape[1], state.weight.shape[2]
     repeats = query.shape[1] // groups
     column = torch.arange(query.shape[2], device=query.device)
@@ -97,13 +142,14 @@ def attend(
         discount = scores.discount(rule, column[-1] - mine)
         mass = (attention * discount[:, None]).sum((2, 3))
         rows = attention.flatten(2, 3).to(value.dtype)
-        part = rows[..., :slots] @ state.value + rows[..., slots:] @ value
+        part = (rows[..., :slots] @ state.value + rows[..., slots:] @ value).unflatten(2, (repeats, BLOCK))
+        if blend is not None:
+            part = torch.where(real, blend(q, logits, part.float()), 0.0).to(value.dtype)
         carried = held + mass[..., :slots], received + mass[..., slots:]
-        return carried, part.unflatten(2, (repeats, BLOCK)).flatten(1, 2)
+        return carried, part.flatten(1, 2)
 
     start = torch.zeros_like(state.score), torch.zeros_like(key[..., 0], dtype=torch.float32)
-    blocks = query.unflatten(2, (-1, BLOCK)).movedim(2, 0).contiguous(), column.unflatten(0, (-1, BLOCK))
-    (held, received), out = scan(block, start, blocks)
+    (held, received), out = (loop or scan)(block, start, in_blocks(query))
     return out.movedim(0, 2).flatten(2, 3), held, received
 
 
@@ -123,9 +169,7 @@ def attend_placed(
         attention = torch.where((at >= seen[:, None])[:, None, None, :, None], attention, 0.0)
         return carry + 1, places.weighted(attention, state.value, fresh, value)
 
-    column = torch.arange(query.shape[2], device=query.device)
-    blocks = query.unflatten(2, (-1, BLOCK)).movedim(2, 0).contiguous(), column.unflatten(0, (-1, BLOCK))
-    _, out = scan(block, torch.zeros((), device=query.device), blocks)
+    _, out = scan(block, torch.zeros((), device=query.device), in_blocks(query))
     received = torch.zeros_like(key[..., 0], dtype=torch.float32)
     return out.movedim(0, 2).flatten(2, 3), torch.zeros_like(state.score), received
 

@@ -29,15 +29,20 @@ def discount(rule: Rule, age: Tensor) -> Tensor:
 
 
 def after_prompt(
-    state: State, held: Tensor, received: Tensor, seen: Tensor, pads: Tensor, rule: Rule
+    state: State, held: Tensor, received: Tensor, seen: Tensor, pads: Tensor, rule: Rule, decoded: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Scores of the slots [b, G, S] and of the new tokens [b, G, n], from the discounted attention they received."""
+    """Scores of the slots [b, G, S] and of the new tokens [b, G, n], from the discounted attention they received.
+
+    decoded: the tokens are no part of a prompt.
+    """
     live = state.weight > 0
     n = received.shape[2]
     column = torch.arange(n, device=received.device)
     if rule.scoring == "age":
         at = (seen[:, None] + column - pads[:, None]).float()
         return torch.where(live, -state.position.float(), 0.0), -at[:, None].expand_as(received)
+    if rule.scoring == "observed" and decoded:
+        return state.score, torch.full_like(received, DECODED)
     if rule.scoring == "observed":
         return torch.where(live, held, 0.0), torch.where(column < n - rule.observed, pooled(received, rule), received)
     new_count = (n - pads)[:, None, None]

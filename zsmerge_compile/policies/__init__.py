@@ -9,7 +9,7 @@ from importlib import import_module
 from inspect import signature
 from typing import Any
 
-from zsmerge_compile.config import ZSMergeConfig
+from zsmerge_compile.config import ZSMergeConfig, plain
 from zsmerge_compile.errors import ConfigError, must
 from zsmerge_compile.ops.policy import CachePolicy
 
@@ -25,7 +25,7 @@ def names() -> tuple[str, ...]:
 
 def policy(name: str, **parameters: Any) -> CachePolicy:
     """The policy of that name; `parameters` are those of its file's `make`. Raises ConfigError."""
-    if name not in _FILES:
+    if not isinstance(name, str) or name not in _FILES:
         raise ConfigError(must("policy", f"one of {', '.join(names())}", repr(name)))
     make = import_module(f"zsmerge_compile.policies.{_FILES[name]}").make
     known = signature(ZSMergeConfig if _FILES[name] == "zsmerge" else make)
@@ -34,7 +34,7 @@ def policy(name: str, **parameters: Any) -> CachePolicy:
     except TypeError as error:  # one that it does not have, or that it needs
         got = str(error).removeprefix("got ")
         raise ConfigError(must(f"parameters of {name}", ", ".join(known.parameters), got)) from None
-    made: CachePolicy = make(**parameters)
+    made: CachePolicy = make(**{name: plain(value) for name, value in parameters.items()})
     return made
 
 

@@ -12,7 +12,8 @@ Ours: A is added up over the query heads of a group. Of several tokens at once, 
 merged into the m oldest of the newest ones, and A is the last query's, whose output the merged values then keep as far
 as no p is cut to 1 (cam_hf drops the middle of a prompt unmerged). Draws are a hash of seed, layer, head and position,
 so that they are the same on every backend, for every batch and padding. draw="expectation" has p_i in place of M_i:
-the mean of all draws. Where fewer than m of the newest tokens are kept, those get an m-th part each, as in the code.
+the mean of all draws. Where fewer than m of the newest tokens are kept, those get an m-th part each, as in the
+code. Values are added, not averaged: where p stays near 1 for a long text they grow without bound, as published.
 Positions are those of the text; what `policies/streaming.py` says of sinks and windows holds here too.
 """
 
@@ -21,12 +22,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from zsmerge_compile.config import ZSMergeConfig
 from zsmerge_compile.errors import ConfigError, must
 from zsmerge_compile.ops import cam
 from zsmerge_compile.ops.policy import Site
 from zsmerge_compile.ops.state import LayerLayout, Rule
-from zsmerge_compile.policies.streaming import StreamingPolicy, check_sinks
+from zsmerge_compile.policies.streaming import StreamingPolicy, config_of
 
 DRAWS = ("bernoulli", "expectation")
 
@@ -55,8 +55,7 @@ def make(
     chunk: int = 512,
 ) -> CaMPolicy:
     """Raises ConfigError."""
-    config = ZSMergeConfig(budget, 1, residual=0, alpha=0.0, decay=0.0, prefill=prefill, chunk=chunk)
-    check_sinks(sinks, config)
+    config = config_of(budget, sinks, "text", prefill, chunk)
     for name, value, least in (("merged", merged, 1), ("seed", seed, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**32:
             raise ConfigError(must(name, f"an integer from {least} to 2**32 - 1", repr(value)))

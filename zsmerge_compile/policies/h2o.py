@@ -14,8 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zsmerge_compile.config import ZSMergeConfig
-from zsmerge_compile.policies.zsmerge import Evicting
+from zsmerge_compile.policies.zsmerge import Evicting, evicting_config
 
 
 class H2OPolicy(Evicting):
@@ -27,5 +26,5 @@ class H2OPolicy(Evicting):
 
 def make(budget: Any, recent: int | float = 0.5, prefill: str = "full", chunk: int = 512) -> H2OPolicy:
     """Raises ConfigError."""
-    config = ZSMergeConfig(budget, recent, residual=0, alpha=0.0, decay=1.0, prefill=prefill, chunk=chunk)
+    config = evicting_config(budget, recent, "recent", decay=1.0, prefill=prefill, chunk=chunk)
     return H2OPolicy(config, recent=recent, prefill=prefill, chunk=chunk)

@@ -28,12 +28,11 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from zsmerge_compile.config import ZSMergeConfig
 from zsmerge_compile.errors import ConfigError, must
 from zsmerge_compile.ops.policy import Site
 from zsmerge_compile.ops.sets import SETS
 from zsmerge_compile.ops.state import LayerLayout, Rule
-from zsmerge_compile.policies.zsmerge import Evicting
+from zsmerge_compile.policies.zsmerge import Evicting, evicting_config
 
 
 class KVMergerPolicy(Evicting):
@@ -61,7 +60,7 @@ def make(
     normalized: bool = False,
 ) -> KVMergerPolicy:
     """Raises ConfigError."""
-    config = ZSMergeConfig(budget, recent, residual=0, alpha=0.0, decay=1.0)
+    config = evicting_config(budget, recent, "recent", decay=1.0)
     if not _is_number(top) or top < 0 or (isinstance(top, float) and top > 1):
         raise ConfigError(must("top", "a count, or a share in [0.0, 1.0]", repr(top)))
     for slots in (config.budget,) if isinstance(config.budget, int) else config.budget:

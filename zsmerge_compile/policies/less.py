@@ -14,7 +14,9 @@ on the shipped Mistral at 10 and 5% of the prompt. That its maps bring single la
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,11 @@ from zsmerge_compile.errors import ConfigError, must
 from zsmerge_compile.ops import contracts, less
 from zsmerge_compile.ops.policy import Site
 from zsmerge_compile.ops.state import LayerLayout, allocate
-from zsmerge_compile.policies.streaming import check_sinks
-from zsmerge_compile.policies.zsmerge import Evicting
+from zsmerge_compile.policies.streaming import config_of, split_of
+from zsmerge_compile.policies.zsmerge import Evicting, evicting_config
 
 EVICTIONS = ("h2o", "streaming")
-RANK, HIDDEN = 8, 512  # as published; of random weights
+RANK, WIDTHS = 8, 4  # as published: hidden size 512 for heads of 128 dimensions; of random weights
 SHIPPED = ("falcon", "llama", "mistral")
 FILE = "less.safetensors"
 HINT = "train them for this model with tools/train_less"
@@ -39,7 +41,7 @@ HINT = "train them for this model with tools/train_less"
 class LESSPolicy(Evicting):
     """budget; weights (a file of `tools/train_less`, tensors by name, a shipped model: falcon, llama, mistral; or
     "random", of the published sizes, to measure time and memory by); eviction ("h2o" or "streaming"); recent (h2o: a
-    count, or a share as float), sinks (streaming: tokens, 4); prefill and chunk as `ZSMergeConfig`."""
+    count, or a share as float, 0.5), sinks (streaming: tokens, 4); prefill and chunk as `ZSMergeConfig`."""
 
     name = "less"
     keeps = "as h2o or streaming, what leaves in a state of low rank"
@@ -54,10 +56,7 @@ class LESSPolicy(Evicting):
     def split(self, budget: int, window: int | None) -> Split:
         if self.describe()["eviction"] == "h2o":
             return super().split(budget, window)
-        if window is not None and window <= budget:
-            return Split(window, 0, 0)
-        sinks = self.describe()["sinks"]
-        return Split(budget - sinks, sinks, 0)
+        return split_of(self.describe()["sinks"], budget, window)
 
     def layouts(self, sites: Sequence[Site]) -> tuple[LayerLayout, ...]:
         """As any policy's. Raises ConfigError where the weights are of another model."""
@@ -72,20 +71,31 @@ class LESSPolicy(Evicting):
         """A layer's feature maps. Raises ConfigError."""
         if self.tensors is None:
             generator = torch.Generator().manual_seed(site.layer)
-            sizes = expected(site.heads, site.kv_heads, site.head_dim, HIDDEN, RANK)
+            sizes = expected(site.heads, site.kv_heads, site.head_dim, WIDTHS * site.head_dim, RANK)
             return less.Maps(*(torch.randn(size, generator=generator) * 0.02 for size in sizes))
         found = []
         for name in less.Maps._fields:
             if f"{site.layer}.{name}" not in self.tensors:
                 raise ConfigError(must(f"LESS weights {name} of layer {site.layer}", "given", "none", HINT))
             found.append(self.tensors[f"{site.layer}.{name}"].float())
-        hidden = found[1].shape[-2] if found[1].dim() == 3 else HIDDEN
+            if not found[-1].isfinite().all():
+                raise ConfigError(must(f"LESS weights {name} of layer {site.layer}", "finite", "nan or inf", HINT))
+        hidden = found[1].shape[-2] if found[1].dim() == 3 else WIDTHS * site.head_dim
         shapes = expected(site.heads, site.kv_heads, site.head_dim, hidden, self.rank)
         for name, tensor, shape in zip(less.Maps._fields, found, shapes, strict=True):
             if tuple(tensor.shape) != shape:
                 what = f"LESS weights {name} of layer {site.layer}"
                 raise ConfigError(must(what, list(shape), list(tensor.shape), HINT))
         return less.Maps(*found)
+
+    @cached_property
+    def state_kind(self) -> str:
+        """The low-rank state means something beside the maps it was made with only, and beside its eviction."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted((self.tensors or {}).items()):
+            digest.update(f"{name} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        return f"{self.name}, {self.describe()['eviction']} eviction, weights {digest.hexdigest()[:16]}"
 
     @property
     def rank(self) -> int:
@@ -117,19 +127,24 @@ def make(
     budget: Any,
     weights: str | Path | Mapping[str, Tensor],
     eviction: str = "h2o",
-    recent: int | float = 0.5,
-    sinks: int = 4,
+    recent: int | float | None = None,
+    sinks: int | None = None,
     prefill: str = "full",
     chunk: int = 512,
 ) -> LESSPolicy:
     """Raises ConfigError."""
     if eviction not in EVICTIONS:
         raise ConfigError(must("eviction", f"one of {', '.join(EVICTIONS)}", repr(eviction)))
-    by_score = eviction == "h2o"
-    more: dict[str, Any] = {"proximity": recent if by_score else 1, "decay": 1.0 if by_score else 0.0}
-    config = ZSMergeConfig(budget, residual=0, alpha=0.0, prefill=prefill, chunk=chunk, **more)
-    check_sinks(0 if by_score else sinks, config)
-    told = {"recent": recent} if by_score else {"sinks": sinks}
+    unused, given = ("sinks", sinks) if eviction == "h2o" else ("recent", recent)
+    if given is not None:
+        raise ConfigError(must(unused, f"left out, as {eviction} eviction has none", repr(given)))
+    told: dict[str, Any]
+    if eviction == "h2o":
+        told = {"recent": 0.5 if recent is None else recent}
+        config = evicting_config(budget, told["recent"], "recent", decay=1.0, prefill=prefill, chunk=chunk)
+    else:
+        told = {"sinks": 4 if sinks is None else sinks}
+        config = config_of(budget, told["sinks"], "text", prefill, chunk)
     shown = "given" if isinstance(weights, Mapping) else str(weights)
     parameters = {"weights": shown, "eviction": eviction, **told, "prefill": prefill, "chunk": chunk}
     return LESSPolicy(config, _read(weights), **parameters)
@@ -137,6 +152,9 @@ def make(
 
 def _read(weights: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
     if isinstance(weights, Mapping):
+        for name, tensor in weights.items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise ConfigError(must("weights", "tensors by name", f"{type(tensor).__name__} {name!r}"))
         return weights
     if weights == "random":
         return None

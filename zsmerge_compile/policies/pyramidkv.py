@@ -11,9 +11,9 @@ cap it as the code would for a prompt of that length (most = length - window, le
 
 from __future__ import annotations
 
-from zsmerge_compile.config import ZSMergeConfig
 from zsmerge_compile.errors import ConfigError, must
 from zsmerge_compile.policies.snapkv import SnapKVPolicy
+from zsmerge_compile.policies.zsmerge import evicting_config
 
 
 class PyramidKVPolicy(SnapKVPolicy):
@@ -50,7 +50,7 @@ def make(
     length: int | None = None,
 ) -> PyramidKVPolicy:
     """Raises ConfigError."""
-    config = ZSMergeConfig(budget, window, residual=0, alpha=0.0)
+    config = evicting_config(budget, window, "window")
     if not isinstance(config.budget, int):
         raise ConfigError(must("budget of pyramidkv", "one count, which the formula spreads", repr(budget)))
     for name, value, least in (("beta", beta, 1), ("length", length, config.budget)):

@@ -18,7 +18,7 @@ from typing import Any
 from zsmerge_compile.config import ZSMergeConfig
 from zsmerge_compile.errors import ConfigError, must
 from zsmerge_compile.ops.scores import POOLINGS
-from zsmerge_compile.policies.zsmerge import Evicting
+from zsmerge_compile.policies.zsmerge import Evicting, evicting_config
 
 
 class SnapKVPolicy(Evicting):
@@ -45,6 +45,5 @@ class SnapKVPolicy(Evicting):
 
 def make(budget: Any, window: int = 32, kernel: int = 5, pooling: str = "avg") -> SnapKVPolicy:
     """Raises ConfigError."""
-    return SnapKVPolicy(
-        ZSMergeConfig(budget, window, residual=0, alpha=0.0), window=window, kernel=kernel, pooling=pooling
-    )
+    config = evicting_config(budget, window, "window")
+    return SnapKVPolicy(config, window=window, kernel=kernel, pooling=pooling)

@@ -6,7 +6,9 @@ Source: Xiao et al., "Efficient Streaming Language Models with Attention Sinks".
 
 Ours: sinks are the first tokens of each row, padding left out; a layer whose own window is no larger than the budget
 needs none. A whole prompt attends to all of itself, as in the published code. `positions="text"` keeps the positions of
-the text instead; a text longer than the model's positions is then refused.
+the text instead; a text longer than the model's positions is then refused. Either way a whole prompt must fit into the
+model's positions together with what is held when it comes, as it is attended to uncut; with prefill="chunked" it is
+budget + chunk that must.
 """
 
 from __future__ import annotations
@@ -29,10 +31,14 @@ class StreamingPolicy(Evicting):
     scoring = "age"
 
     def split(self, budget: int, window: int | None) -> Split:
-        if window is not None and window <= budget:
-            return Split(window, 0, 0)
-        sinks = self.describe()["sinks"]
-        return Split(budget - sinks, sinks, 0)
+        return split_of(self.describe()["sinks"], budget, window)
+
+
+def split_of(sinks: int, budget: int, window: int | None) -> Split:
+    """Sinks as the context, the rest as the ring; a layer's own window alone where it fits."""
+    if window is not None and window <= budget:
+        return Split(window, 0, 0)
+    return Split(budget - sinks, sinks, 0)
 
 
 def make(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from zsmerge_compile.config import Split, ZSMergeConfig
+from zsmerge_compile.errors import ConfigError
 from zsmerge_compile.ops import contracts
 from zsmerge_compile.ops.policy import Site
 from zsmerge_compile.ops.state import LayerLayout, Rule, State, allocate
@@ -40,6 +41,11 @@ class ZSMergePolicy:
         self.config = config
         self.decode_op = contracts.DECODE
         self.extend_op = contracts.EXTEND
+
+    @property
+    def state_kind(self) -> str:
+        """The policy's name: parameters of these policies change what is kept, not what a slot means."""
+        return self.name
 
     @property
     def chunk(self) -> int | None:
@@ -108,6 +114,14 @@ class Evicting(ZSMergePolicy):
 
     def describe(self) -> dict[str, Any]:
         return {"budget": self.config.budget, **self._parameters}
+
+
+def evicting_config(budget: Any, newest: int | float, called: str, **rest: Any) -> ZSMergeConfig:
+    """A config without a residual, whose newest tokens the policy's user knows as `called`. Raises ConfigError."""
+    try:
+        return ZSMergeConfig(budget, newest, residual=0, alpha=0.0, **rest)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("proximity", called)) from None
 
 
 def make(**parameters: Any) -> ZSMergePolicy:

@@ -57,5 +57,3 @@ def _parts(compiled: Any, index: int, row: int, g: int) -> tuple[list[Entry], li
 
     order = sorted(range(len(opened)), key=opened.__getitem__)
     return live(0, ring), live(ring, singles), [merged(at) for at in order if weight[singles + at] > 0]
-
-

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zsmerge_compile.ops import contracts, prefill, reference
-from zsmerge_compile.ops.cpp import build, fakes
+from zsmerge_compile.ops.cpp import build
 from zsmerge_compile.ops.fold import Residual
 from zsmerge_compile.ops.state import Rule, State
 
@@ -31,7 +31,7 @@ def operator() -> Any:
     library = torch.library.Library("zsmerge_cpp", "FRAGMENT")
     library.define(str(schema).replace("zsmerge::", "", 1))
     library.impl("extend", _extend, "CPU")
-    torch.library.register_fake("zsmerge_cpp::extend", fakes.extend, lib=library)
+    torch.library.register_fake("zsmerge_cpp::extend", contracts.like_query, lib=library)
     _LIBRARIES.append(library)
     return torch.ops.zsmerge_cpp.extend.default
 

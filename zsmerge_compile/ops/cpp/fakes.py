@@ -27,8 +27,3 @@ def prompt_attention(
 
 def absorb(*state_and_arrivals: Tensor) -> None:
     """Writes the residual slots in place."""
-
-
-def extend(query: Tensor, *rest: object) -> Tensor:
-    """query [b, H, T, D] -> out [b, H, T, D]."""
-    return torch.empty(query.shape, dtype=query.dtype, device=query.device)

@@ -127,9 +127,7 @@ def settle(
             tl.store(opened + chosen, tl.where(opens, latest + 1, own_order))
             tl.store(weight + slot, held + 1.0)
             tl.store(score + slot, own_score + victim_score)
-            tl.store(
-                position + slot, tl.where(opens, victim_position, tl.maximum(own_position, victim_position))
-            )
+            tl.store(position + slot, tl.where(opens, victim_position, tl.maximum(own_position, victim_position)))
     tl.debug_barrier()
     tl.store(key + entering * D + d, entry_key, mask=real)
     tl.store(value + entering * D + d, entry_value, mask=real)

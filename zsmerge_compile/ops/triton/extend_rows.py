@@ -14,9 +14,7 @@ from zsmerge_compile.ops.triton.common import as_type, dots
 
 
 @triton.jit
-def add_block(
-    top, total, out, q, k, value_rows, wide, bias, seen, scale, OUT: tl.constexpr, INTERPRETED: tl.constexpr
-):
+def add_block(top, total, out, q, k, value_rows, wide, bias, seen, scale, OUT: tl.constexpr, INTERPRETED: tl.constexpr):
     """One block of keys k [COLUMNS, D] joins a running softmax; seen [ROWS, COLUMNS] says who sees what."""
     logit = tl.where(seen, dots(q, tl.trans(k), INTERPRETED) * scale + bias, -float("inf"))
     higher = tl.maximum(top, tl.max(logit, 1))

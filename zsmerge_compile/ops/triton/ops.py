@@ -43,18 +43,14 @@ def _extend(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
         return launch_extend.extend(state, query, key, value, rows, seen, pads, rule)
 
 
-def _fake(query: Tensor, *rest: object) -> Tensor:
-    return torch.empty(query.shape, dtype=query.dtype, device=query.device)
-
-
 _decode_op = torch.library.custom_op(
     "zsmerge_triton::decode", _decode, mutates_args=State._fields, schema=_schema(contracts.DECODE)
 )
 _extend_op = torch.library.custom_op(
     "zsmerge_triton::extend", _extend, mutates_args=State._fields, schema=_schema(contracts.EXTEND)
 )
-_decode_op.register_fake(_fake)
-_extend_op.register_fake(_fake)
+_decode_op.register_fake(contracts.like_query)
+_extend_op.register_fake(contracts.like_query)
 
 DECODE = torch.ops.zsmerge_triton.decode.default
 EXTEND = torch.ops.zsmerge_triton.extend.default
