@@ -150,10 +150,11 @@ def test_foreign_versions_formats_and_folders(tmp_path: Path) -> None:
         with pytest.raises(BundleError, match="bundle must be a folder with manifest.json"):
             zs.load(folder)
     folder = copy(bundle("llama-gqa", "pt2", 1), tmp_path)
-    with pytest.raises(BundleError, match="version must be 1, got 2; update zsmerge-compile"):
-        zs.load(edited(folder, lambda raw: raw.update(version=2)))
+    known = manifest.VERSION
+    with pytest.raises(BundleError, match=f"version must be {known}, got {known + 1}; update zsmerge-compile"):
+        zs.load(edited(folder, lambda raw: raw.update(version=known + 1)))
     with pytest.raises(BundleError, match="format must be one of"):
-        zs.load(edited(folder, lambda raw: raw.update(version=1, format="gguf")))
+        zs.load(edited(folder, lambda raw: raw.update(version=known, format="gguf")))
 
 
 def test_another_torch(tmp_path: Path) -> None:

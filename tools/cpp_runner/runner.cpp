@@ -14,7 +14,7 @@
 namespace zsmerge {
 namespace {
 
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 
 // The manifest, whose last line has the SHA-256 of all lines before it.
 Json read_manifest(const std::filesystem::path& folder) {
