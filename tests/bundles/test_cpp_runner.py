@@ -70,8 +70,8 @@ def test_another_format_version_or_pytorch_is_refused(tmp_path: Path) -> None:
     assert "format must be aoti, got pt2" in refusal(rewritten(folder, format="pt2"))
     known = manifest.VERSION
     assert f"version must be {known}, got {known + 1}" in refusal(rewritten(folder, version=known + 1))
-    written = "PyTorch must be 1.0.0+cpu, with which this bundle was written"
-    assert written in refusal(rewritten(folder, version=known, format="aoti", versions=versions | {"torch": "1.0.0+cpu"}))
+    foreign = rewritten(folder, version=known, format="aoti", versions=versions | {"torch": "1.0.0+cpu"})
+    assert "PyTorch must be 1.0.0+cpu, with which this bundle was written" in refusal(foreign)
 
 
 def test_damaged_bundles_are_refused(tmp_path: Path) -> None:
