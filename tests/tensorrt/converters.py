@@ -1,6 +1,6 @@
 """In a process of its own: what torch-tensorrt itself makes of our steps, up to the network it would hand to TensorRT.
 
-    python -m tests.tensorrt.converters PARTS CASE...      # llama-gqa:bfloat16, control:linalg_qr, ...
+    python -m tests.tensorrt.converters PARTS CASE...      # llama-gqa:bfloat16, llama-gqa/cam:float32, control:plain
 
 One line of JSON per case. Real: torch-tensorrt 2.13 with its lowering, partitioner, registry and converters, and the
 bindings' enums. Not real: the libraries (`without_libraries.py`) and the network (`network.py`).
@@ -83,13 +83,16 @@ def passes_left_out(name: str) -> Iterator[None]:
 
 
 def step(name: str, dtype: torch.dtype) -> dict[str, Any]:
-    """One model's step."""
+    """One model's step, with the cache of a policy where the name has one ("llama-gqa/cam")."""
     import zsmerge_compile as zs
     from tests.models_zoo import prompt, tiny
+    from tests.policies.test_models import policy_for
     from zsmerge_compile.lower import tensorrt_build
     from zsmerge_compile.lower.standard import graphs
 
-    base = zs.compile(tiny(name, dtype), zs.ZSMergeConfig(12, residual=2), BATCH, "eager")
+    model, _, policy = name.partition("/")
+    config = policy_for(policy, model) if policy else zs.ZSMergeConfig(12, residual=2)
+    base = zs.compile(tiny(model, dtype), config, BATCH, "eager")
     given = {key: value for key, value in tensorrt_build.settings(base.program).items() if key != "device"}
     graph, _ = tensorrt_build.step_graph(base.program)
     gm = compiled(tensorrt_build.step_program(base.program), graph.example, given)
@@ -104,12 +107,13 @@ def step(name: str, dtype: torch.dtype) -> dict[str, Any]:
     made = graphs(base.program)
     weights = [made.weights[name] for name in made.decode.weights]
     base.prefill(prompt(BATCH, 30, pads=(0, 23))["input_ids"])
-    errors = dict.fromkeys(["logits", *made.decode.state], 0.0)
+    held = [number for number, tensor in enumerate(base.cache.flat) if tensor.numel()]  # what an engine has inputs for
+    errors = dict.fromkeys(["logits", *graph.state], 0.0)
     generator = torch.Generator().manual_seed(0)
     for number in range(STEPS):
         ids = torch.randint(128, (BATCH, 1), generator=generator)
         active = torch.tensor([True, number % 5 != 3])
-        state, before = base.cache.flat, [tensor.clone() for tensor in base.cache.flat]
+        state, before = base.cache.flat, [base.cache.flat[number].clone() for number in held]
         inputs = dict(zip(binding.inputs, (ids, base.cache.seen_tokens, active, *before), strict=True))
         results = dict(
             zip(segment.output_binding_names, segment.network.run(*(inputs[n] for n in segment.input_binding_names)),
@@ -118,7 +122,7 @@ def step(name: str, dtype: torch.dtype) -> dict[str, Any]:
         with torch.no_grad():
             logits = made.decode.module(ids, base.cache.seen_tokens, active, *state, *weights)
         base.cache.seen_tokens.add_(active)
-        expected = [logits[active], *state]
+        expected = [logits[active], *(state[number] for number in held)]
         found = [results[name] for name in binding.outputs]
         found[0] = found[0][active]
         for place, one, other in zip(errors, found, expected, strict=True):
