@@ -71,9 +71,8 @@ def blended(low: LowRank, maps: Maps) -> decode.Blend:
         met = (features * low.normalizer[:, :, None, None]).sum(-1, keepdim=True)
         lost = torch.where(met > 0, met, 1.0)
         own = lost.log().masked_fill(met <= 0, -torch.inf)
-        kept = logits.logsumexp(-1, keepdim=True)
-        total = torch.logaddexp(kept, own)
-        return (kept - total).exp() * out + (own - total).exp() * (features @ low.low_rank[:, :, None] / lost)
+        ahead = logits.logsumexp(-1, keepdim=True) - own
+        return ahead.sigmoid() * out + (-ahead).sigmoid() * (features @ low.low_rank[:, :, None] / lost)
 
     return blend
 
