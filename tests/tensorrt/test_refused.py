@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -19,6 +20,7 @@ from tests.models_zoo import tiny
 from tests.tensorrt.conftest import Tools
 from tests.tensorrt.test_step import eager
 from zsmerge_compile import api
+from zsmerge_compile.cli import main
 from zsmerge_compile.errors import ConfigError, InputError, MissingBackendError, UnsupportedGraphError
 from zsmerge_compile.lower import inductor, tensorrt_build, tensorrt_needs
 
@@ -31,11 +33,13 @@ SENTENCE = (
 
 
 @pytest.mark.skipif(HERE, reason="torch-tensorrt is installed")
-def test_compile_export_and_the_tool_say_what_is_missing(tmp_path: Path) -> None:
+def test_compile_export_and_the_tool_say_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(MissingBackendError, match=SENTENCE):
         zs.compile(tiny("llama-gqa"), zs.ZSMergeConfig(12), backend="tensorrt")
     with pytest.raises(MissingBackendError, match=SENTENCE):
         zs.export(eager("llama-gqa"), tmp_path / "bundle", "tensorrt")
+    assert main(["export", str(tmp_path / "checkpoint"), str(tmp_path / "bundle"), "--format", "tensorrt"]) != 0
+    assert re.search(SENTENCE, " ".join(capsys.readouterr().err.split()))
     assert not list(tmp_path.iterdir())
     done = subprocess.run(
         [sys.executable, "-m", "tensorrt_tool"], cwd=ROOT / "tools", capture_output=True, text=True, check=False,
