@@ -11,6 +11,7 @@ from zsmerge_compile.capture import capture
 from zsmerge_compile.config import ZSMergeConfig
 from zsmerge_compile.dynamo.cache import ModelCache
 from zsmerge_compile.errors import ConfigError, InputError, MissingBackendError, must
+from zsmerge_compile.lower import tensorrt_needs
 from zsmerge_compile.lower.lowered import Lowered
 from zsmerge_compile.models.registry import spec_for
 from zsmerge_compile.ops.places import BOUNDED
@@ -32,6 +33,7 @@ def compile(
     *,
     check_nan: bool = False,
     outline: bool | None = None,
+    segments: int | None = None,
 ) -> CompiledModel:
     """Compile a causal LM with a cache of `config.budget` slots per key/value head and layer.
 
@@ -39,18 +41,21 @@ def compile(
                 neither copied nor changed: the result runs on its parameters.
     config      a `ZSMergeConfig`, or any policy from `zsmerge_compile.policy(name, ...)`
     batch_size  rows of the cache; each has its own length and can be reset and refilled alone
-    backend     "inductor" (compiled), "eager" (the reference, node by node) or "tensorrt" (not built yet)
+    backend     "inductor" (compiled), "eager" (the reference, node by node) or "tensorrt" (steps by a
+                TensorRT engine, prompts by Inductor; needs an NVIDIA GPU and zsmerge-compile[tensorrt]; not run yet)
     check_nan   look for NaN in all logits (costs a synchronisation per call on a GPU)
     outline     "inductor" only: compile layers that are alike once, so that compile time hardly grows with the depth;
                 None decides by the number of layers
+    segments    "tensorrt" only: engines and parts in PyTorch that a step may be cut into where TensorRT does not take
+                an operator; None: 1, so that such an operator is an error
 
     Raises ConfigError, UnsupportedModelError, UnsupportedGraphError, UnsupportedMaskError or MissingBackendError.
     """
     started = time.perf_counter()
     _check_model(model, config, batch_size)
-    _check_backend(backend, outline)
+    _check_backend(model, backend, outline, segments)
     program = _program(model, config, batch_size)
-    options = {} if outline is None else {"outline": outline}
+    options = {name: given for name, given in (("outline", outline), ("segments", segments)) if given is not None}
     lowered: Lowered = import_module(f"zsmerge_compile.lower.{backend}").lower(program, **options)
     report = Report(
         model=type(model).__name__,
@@ -60,7 +65,8 @@ def compile(
         passes=program.counts,
         sites=program.sites,
         layouts=program.layouts,
-        cache_bytes=sum(tensor.nbytes for layer in program.allocate() for tensor in layer),
+        cache_bytes=sum(tensor.nbytes for layer in program.allocate() for tensor in layer)
+        + getattr(lowered.decode, "spare_bytes", 0),
         compile_seconds=time.perf_counter() - started,
         kernels=lowered.kernels,
         parts=lowered.parts,
@@ -115,10 +121,16 @@ def _check_model(model: object, config: object, batch_size: object) -> None:
         raise ConfigError(must("batch_size", "an integer of at least 1", repr(batch_size)))
 
 
-def _check_backend(backend: object, outline: object) -> None:
+def _check_backend(model: nn.Module, backend: object, outline: object, segments: object) -> None:
     if backend not in BACKENDS:
         raise MissingBackendError(must("backend", f"one of {', '.join(BACKENDS)}", repr(backend)))
-    if backend == "tensorrt":
-        raise MissingBackendError(must("backend", "eager or inductor", "tensorrt, which is not built yet"))
     if outline not in (None, True, False) or (outline is not None and backend != "inductor"):
         raise ConfigError(must("outline", 'None, or True or False with backend="inductor"', repr(outline)))
+    counted = isinstance(segments, int) and not isinstance(segments, bool) and segments >= 1
+    if segments is not None and not (counted and backend == "tensorrt"):
+        raise ConfigError(must("segments", 'None, or a number of at least 1 with backend="tensorrt"', repr(segments)))
+    if backend == "tensorrt":
+        tensorrt_needs.require()
+        device = next(model.parameters()).device
+        if device.type != "cuda":
+            raise InputError(must("model", 'on the GPU with backend="tensorrt"', f"on {device}", "model.cuda()"))

@@ -23,14 +23,14 @@ class Cache:
     layers       one namespace per layer with the policy's tensors: key, value [B, G, S, D], weight, score, position
                  [B, G, S], ...; weight 0 marks an empty slot; S is at least budget + 1
     seen_tokens  [B] int64: real tokens each row has seen
-    nbytes       bytes allocated for all layers and seen_tokens
+    nbytes       bytes allocated for all layers and seen_tokens, and for the second set of them where a step needs one
     changes      raised with every change, so that what was true of an earlier content is known to be out of date
     longest      tokens in the fullest row, or more: known without asking the device
     """
 
     def __init__(self, interface: Interface) -> None:
         self.interface = interface
-        self.changes = self.longest = 0
+        self.changes = self.longest = self.spare_bytes = 0
         self._states = interface.allocate()
         self.layers = [SimpleNamespace(**state) for state in self._states]
         with torch.inference_mode(False):
@@ -40,7 +40,7 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self.flat, self.seen_tokens))
+        return self.spare_bytes + sum(tensor.nbytes for tensor in (*self.flat, self.seen_tokens))
 
     def reset(self, rows: Rows = None) -> None:
         """Empty all rows, or some; they are valid again. Every tensor keeps its place in memory. Raises InputError."""

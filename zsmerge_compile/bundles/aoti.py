@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from zsmerge_compile.bundles.graphs import Graph, exported
 from zsmerge_compile.errors import BundleError, must
+from zsmerge_compile.lower.functional import Holding
+from zsmerge_compile.lower.standard import Graph, exported
 
 SUFFIX = ".pt2"
 OPTIONS = {"aot_inductor.package_constants_in_so": False}
@@ -22,7 +23,7 @@ OPTIONS = {"aot_inductor.package_constants_in_so": False}
 
 def write(graph: Graph, weights: dict[str, Tensor], path: Path) -> None:
     """The graph compiled, as a package at `path`."""
-    program = exported(graph, weights, _Holding(graph.module, {name: weights[name] for name in graph.weights}))
+    program = exported(graph, weights, Holding(graph.module, {name: weights[name] for name in graph.weights}))
     bind_sizes(program)
     with torch.no_grad():
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=OPTIONS)
@@ -67,26 +68,6 @@ def _borrowed(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
         alias, tensor.storage_offset(), tensor.shape, tensor.stride()
     )
-
-
-class _Holding(nn.Module):
-    """A graph with its weights as buffers of these names (dots make submodules), which are the package's constants."""
-
-    def __init__(self, module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self._run, self._names = [module], list(weights)  # in a list, so that it is no submodule
-        for name, tensor in weights.items():
-            *path, last = name.split(".")
-            holder: nn.Module = self
-            for part in path:
-                if part not in holder._modules:
-                    holder.add_module(part, nn.Module())
-                holder = holder.get_submodule(part)
-            holder.register_buffer(last, tensor)
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        logits: Tensor = self._run[0](*inputs, *(self.get_buffer(name) for name in self._names))
-        return logits
 
 
 def bind_sizes(program: torch.export.ExportedProgram) -> None:

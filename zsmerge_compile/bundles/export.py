@@ -16,13 +16,13 @@ from torch import Tensor
 
 import zsmerge_compile
 from zsmerge_compile import tensor_file
-from zsmerge_compile.bundles import graphs as made
 from zsmerge_compile.bundles import manifest
-from zsmerge_compile.bundles.graphs import WEIGHTS
+from zsmerge_compile.bundles.manifest import WEIGHTS
 from zsmerge_compile.errors import BundleError, InputError, MissingBackendError, must
+from zsmerge_compile.lower import standard
 from zsmerge_compile.runtime.model import CompiledModel
 
-FORMATS = ("pt2", "aoti", "onnx")
+FORMATS = ("pt2", "aoti", "onnx", "tensorrt")
 
 
 def export(
@@ -32,7 +32,9 @@ def export(
 
     format     "pt2": programs of torch.export, for any machine with PyTorch, run node by node; "aoti": machine code by
                AOTInductor, for the kind of device and processor it was written on; "onnx": two ONNX models with the
-               state as inputs and outputs, for any runtime, float32 or float16
+               state as inputs and outputs, for any runtime, float32 or float16; "tensorrt": a TensorRT engine for
+               tokens and an AOTInductor package for prompts, for the GPU they were written on, and the engine's graph
+               in ONNX with the `trtexec` line that builds it elsewhere (not run yet, see `lower/tensorrt.py`)
     tokenizer  a transformers tokenizer whose files go along
 
     The graphs hold standard operators only, whatever backend `compiled` has: its kernels stay behind. The cache's
@@ -48,6 +50,8 @@ def export(
         raise BundleError(must("path", "a new or empty folder", str(folder)))
     if not folder.parent.is_dir():
         raise BundleError(must("path", "in a folder that exists", str(folder)))
+    if format == "tensorrt":
+        import_module("zsmerge_compile.bundles.tensorrt").check(compiled)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as draft:
         inner = Path(draft) / "bundle"
         inner.mkdir()
@@ -59,14 +63,10 @@ def export(
 
 
 def _write(compiled: CompiledModel, folder: Path, format: str, tokenizer: Any) -> None:
-    program, kind = compiled.program, import_module(f"zsmerge_compile.bundles.{format}")
-    graphs = made.graphs(program)
+    program = compiled.program
+    graphs = standard.graphs(program)
     tensor_file.write({name: _own(tensor) for name, tensor in graphs.weights.items()}, folder / WEIGHTS)
-    programs = {}
-    for name in ("prefill", "decode"):
-        graph: made.Graph = getattr(graphs, name)
-        kind.write(graph, graphs.weights, folder / f"{name}{kind.SUFFIX}")
-        programs[name] = {"file": f"{name}{kind.SUFFIX}", "inputs": list(graph.inputs), "weights": list(graph.weights)}
+    programs = _programs(compiled, graphs, folder, import_module(f"zsmerge_compile.bundles.{format}"))
     for name in ("config", "generation_config"):
         told = getattr(compiled, name)
         if told is not None:
@@ -99,6 +99,20 @@ def _write(compiled: CompiledModel, folder: Path, format: str, tokenizer: Any) -
         programs=programs,
         files=manifest.checksums(folder),
     ).write(folder)
+
+
+def _programs(compiled: CompiledModel, graphs: standard.Graphs, folder: Path, kind: Any) -> dict[str, dict[str, Any]]:
+    """Write both programs; what the manifest says of them."""
+    programs = {}
+    for name in ("prefill", "decode"):
+        graph: standard.Graph = getattr(graphs, name)
+        if hasattr(kind, "write_step") and name == "decode":
+            file = kind.write_step(compiled, graph, graphs.weights, folder)
+        else:
+            file = f"{name}{kind.SUFFIX}"
+            kind.write(graph, graphs.weights, folder / file)
+        programs[name] = {"file": file, "inputs": list(graph.inputs), "weights": list(graph.weights)}
+    return programs
 
 
 def _own(tensor: Tensor) -> Tensor:

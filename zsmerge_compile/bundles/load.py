@@ -16,8 +16,7 @@ from torch import Tensor
 
 from zsmerge_compile.bundles import manifest as manifests
 from zsmerge_compile.bundles.export import FORMATS
-from zsmerge_compile.bundles.graphs import WEIGHTS
-from zsmerge_compile.bundles.manifest import Manifest
+from zsmerge_compile.bundles.manifest import WEIGHTS, Manifest
 from zsmerge_compile.errors import BundleError, InputError, must
 from zsmerge_compile.runtime.runner import Runner
 
@@ -40,6 +39,8 @@ def load(path: str | os.PathLike[str]) -> BundleRunner:
     if manifest.format not in FORMATS:
         raise BundleError(must("bundle's format", f"one of {', '.join(FORMATS)}", repr(manifest.format)))
     _check_torch(manifest)
+    if manifest.format == "tensorrt":
+        import_module("zsmerge_compile.bundles.tensorrt").check_here()
     device = _device(manifest)
     interface = manifest.interface(device)
     specs = (spec for layer in interface.state for spec in layer.values())
@@ -47,10 +48,13 @@ def load(path: str | os.PathLike[str]) -> BundleRunner:
     state = list(zip(interface.state_names, empty, strict=True))
     weights = _weights(folder, manifest, device)
     kind = import_module(f"zsmerge_compile.bundles.{manifest.format}")
-    graphs = {
-        name: kind.read(folder / program["file"], program["inputs"], state, _chosen(weights, program["weights"]))
-        for name, program in manifest.programs.items()
-    }
+    graphs = {}
+    for name, program in manifest.programs.items():
+        if hasattr(kind, "read_step") and name == "decode":
+            graphs[name] = kind.read_step(folder, program["file"], interface, manifest.files)
+        else:
+            chosen = _chosen(weights, program["weights"])
+            graphs[name] = kind.read(folder / program["file"], program["inputs"], state, chosen)
     config, generation_config = _configs(folder, manifest)
     runner = BundleRunner(
         interface,
@@ -71,8 +75,9 @@ def _check_torch(manifest: Manifest) -> None:
     numbers = [_numbers(text) for text in (written, here)]
     if not numbers[0]:
         raise BundleError(must("manifest's version of torch", "a version", repr(written)))
-    if manifest.format == "aoti" and written != here:
-        raise BundleError(must("torch", f"{written}, with which this aoti bundle was written", here, "export it again"))
+    if manifest.format in ("aoti", "tensorrt") and written != here:
+        expected = f"{written}, with which this {manifest.format} bundle was written"
+        raise BundleError(must("torch", expected, here, "export it again"))
     if manifest.format == "pt2" and numbers[0] > numbers[1]:
         raise BundleError(must("torch", f"at least {written}, with which this bundle was written", here))
 

@@ -20,6 +20,7 @@ from zsmerge_compile.passes.insert_cache import DECODE_INPUTS, PREFILL_INPUTS
 from zsmerge_compile.program import Interface, TensorSpec
 
 NAME = "manifest.json"
+WEIGHTS = "weights.safetensors"  # the file with all of them
 VERSION = 2
 INPUTS = {"prefill": PREFILL_INPUTS, "decode": DECODE_INPUTS}
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*")

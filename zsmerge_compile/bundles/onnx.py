@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from zsmerge_compile.bundles.graphs import WEIGHTS, Graph, exported
+from zsmerge_compile.bundles.manifest import WEIGHTS
 from zsmerge_compile.errors import BundleError, MissingBackendError, must
+from zsmerge_compile.lower.functional import functional
+from zsmerge_compile.lower.standard import Graph, exported
 
 SUFFIX = ".onnx"
 OPSET = 20
@@ -33,16 +35,25 @@ OUT = "_out"  # what a state tensor's name ends with as an output
 
 def write(graph: Graph, weights: dict[str, Tensor], path: Path) -> None:
     """The graph's model at `path`, beside the weights' file. Raises MissingBackendError or BundleError."""
-    onnx = _library("onnx")
-    _library("onnxscript")
+    require()
     if any(tensor.dtype not in _NUMPY for tensor in (*graph.example, *weights.values())):
         raise BundleError(
             must("dtype of an onnx bundle", "float32 or float16", "bfloat16, which onnxruntime cannot run on a CPU")
         )
-    state = graph.example[len(graph.inputs) :]
-    functional = graph._replace(module=_Functional(graph.module, len(graph.inputs), len(state)))
-    program = exported(functional, weights)
+    program = exported(functional(graph), weights)
     _refuse_bfloat16(program.graph_module)
+    translate(graph, program, path)
+
+
+def require() -> None:
+    """Raises MissingBackendError where models cannot be written."""
+    _library("onnx")
+    _library("onnxscript")
+
+
+def translate(graph: Graph, program: torch.export.ExportedProgram, path: Path) -> None:
+    """The functional program of the graph as a model at `path`, in any dtype, beside the weights' file."""
+    onnx = _library("onnx")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, about its pytrees and its translation
         made = torch.onnx.export(
@@ -87,19 +98,6 @@ def _refuse_bfloat16(gm: torch.fx.GraphModule) -> None:
         if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
             got = f"bfloat16 in {node.name} (Falcon's ALiBi rounds to it)"
             raise BundleError(must("arithmetic of an onnx bundle", "float32 or float16", got, "use pt2 or aoti"))
-
-
-class _Functional(nn.Module):
-    """(inputs, state, weights) -> (logits, new state), nothing written in place: an exporter drops such writes."""
-
-    def __init__(self, module: nn.Module, inputs: int, state: int) -> None:
-        super().__init__()
-        self.module, self.inputs, self.state = module, inputs, state
-
-    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        stop = self.inputs + self.state
-        new = [tensor.clone() for tensor in given[self.inputs : stop]]
-        return self.module(*given[: self.inputs], *new, *given[stop:]), *new
 
 
 class _Bound:

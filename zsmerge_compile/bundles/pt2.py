@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from zsmerge_compile.bundles import archive
-from zsmerge_compile.bundles.graphs import Graph, exported
 from zsmerge_compile.errors import BundleError, must
+from zsmerge_compile.lower.standard import Graph, exported
 
 SUFFIX = ".pt2"
 

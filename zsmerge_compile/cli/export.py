@@ -24,12 +24,13 @@ def add(commands: Any) -> None:
         commands,
         "export",
         "write a checkpoint with its cache as a bundle that runs without the model's code",
-        "Formats: pt2 (any machine with PyTorch), aoti (machine code for this one), onnx (any ONNX runtime).",
+        "Formats: pt2 (any machine with PyTorch), aoti (machine code for this one), onnx (any ONNX runtime), "
+        "tensorrt (this GPU; not run yet).",
         _EXAMPLES,
     )
     parser.add_argument("path", type=Path, metavar="PATH", help="directory with config.json, weights and tokenizer")
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the folder to write, new or empty")
-    parser.add_argument("--format", choices=("pt2", "aoti", "onnx"), default="pt2", help="(pt2)")
+    parser.add_argument("--format", choices=("pt2", "aoti", "onnx", "tensorrt"), default="pt2", help="(pt2)")
     parser.add_argument("--budget", type=count, default=1024, metavar="N", help="slots per key/value head (1024)")
     parser.add_argument("--batch-size", type=count, default=1, metavar="N", help="rows of the cache (1)")
     add_policy(parser)
@@ -41,8 +42,11 @@ def add(commands: Any) -> None:
 
 def command(options: argparse.Namespace) -> int:
     import zsmerge_compile as zs
+    from zsmerge_compile.lower import tensorrt_needs
 
     started, said = time.perf_counter(), notes()
+    if options.format == "tensorrt":  # what is missing is told before the model is loaded
+        tensorrt_needs.require()
     policy = options.policy.make(options.budget, prefill=options.prefill)
     with said.status("loading"):
         model = load_model(options.path, options.dtype, options.device)

@@ -31,10 +31,9 @@ Decode = Callable[..., Tensor]  # (token_ids [B, 1], seen [B], active [B], *stat
 class DirectStep:
     """step(token_ids int64 [B, 1], active bool [B]) -> logits [B, vocab], the state and seen [B] raised in place."""
 
-    how = "called directly"
-
     def __init__(self, decode: Decode, seen: Tensor, state: Sequence[Tensor]) -> None:
         self._decode, self._seen, self._state = decode, seen, tuple(state)
+        self.how: str = getattr(decode, "how", "called directly")  # some decodes record themselves
 
     def __call__(self, token_ids: Tensor, active: Tensor) -> Tensor:
         logits = self._decode(token_ids, self._seen, active, *self._state)
@@ -66,9 +65,10 @@ class RecordedStep:
 def recorder_for(device: torch.device, backend: str) -> Recorder | None:
     """How steps are recorded on `device`, or None: there the step is called directly.
 
-    The eager backend is never recorded: its reference ops look at the data from the host.
+    The eager backend is never recorded: its reference ops look at the data from the host. TensorRT's step moves the
+    cache to other memory with every token, and records its engine's work itself (`bound_step.py`).
     """
-    return cuda_recorder(device) if device.type == "cuda" and backend != "eager" else None
+    return cuda_recorder(device) if device.type == "cuda" and backend not in ("eager", "tensorrt") else None
 
 
 def cuda_recorder(device: torch.device) -> Recorder:

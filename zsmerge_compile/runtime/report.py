@@ -14,9 +14,9 @@ class Report:
 
     passes           graph ("prefill", "decode") -> pass -> rewrites
     sites, layouts   one per attention layer
-    cache_bytes      bytes of the cache for `batch_size` rows
+    cache_bytes      bytes of the cache for `batch_size` rows, of both sets of its tensors where a step needs two
     compile_seconds  tracing, passes, lowering and recording the step together
-    kernels          cache op -> what runs it; "step" -> "one CUDA graph" or "called directly"
+    kernels          cache op -> what runs it; "step" -> "one CUDA graph", "called directly", ...
     parts            graph -> graphs compiled for it: 1 for the whole, more where alike layers are compiled once
     """
 

@@ -47,6 +47,7 @@ class Runner(GenerateMixin):
         self.device, self.dtype, self.batch_size = interface.device, interface.dtype, interface.batch_size
         self.max_positions = interface.max_positions
         self.cache = Cache(interface) if cache is None else cache
+        self.cache.spare_bytes = getattr(decode, "spare_bytes", 0)
         self.decode_graph = decode  # (token_ids, seen, active, *state) -> logits, without checks or bookkeeping
         self.prefill_graph = prefill
         self.chunk = chunk

@@ -1,4 +1,4 @@
-"""A program's two graphs as exporters take them: standard operators only, weights as inputs.
+"""A program's two graphs as exporters and TensorRT take them: standard operators only, weights as inputs.
 
 Before:
 
@@ -28,7 +28,6 @@ from zsmerge_compile.passes.graph import attribute, calling
 from zsmerge_compile.passes.insert_cache import DECODE_INPUTS, PREFILL_INPUTS
 from zsmerge_compile.program import Program
 
-WEIGHTS = "weights.safetensors"  # the file with all of them
 LENGTH = 150  # tokens of the example prompt: more than two of the scan's blocks, and no multiple of one
 
 
