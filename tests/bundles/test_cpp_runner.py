@@ -20,7 +20,7 @@ STEPS = 200
 CASES = [
     ("llama-gqa", 1, "segment", None),
     ("llama-gqa", 3, "sequential", 16),
-    ("mistral-w8", 3, "segment", None),
+    pytest.param("mistral-w8", 3, "segment", None, marks=pytest.mark.slow),
     ("falcon-7b", 1, "segment", None),
 ]
 
