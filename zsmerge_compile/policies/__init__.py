@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from importlib import import_module
 from inspect import signature
+from pkgutil import iter_modules
 from typing import Any
 
 from zsmerge_compile.config import ZSMergeConfig, plain
 from zsmerge_compile.errors import ConfigError, must
 from zsmerge_compile.ops.policy import CachePolicy
 
-# Name -> the file whose `make` builds it. ZeroMerge is an earlier name of ZSMerge.
-_NAMES = ("cam", "full", "h2o", "kvmerger", "less", "lm_infinite", "pyramidkv", "snapkv", "streaming", "zsmerge")
-_FILES = {name: name for name in _NAMES} | {"zeromerge": "zsmerge"}
+# Name -> the file in this folder whose `make` builds it. ZeroMerge is an earlier name of ZSMerge.
+_FILES = {file.name: file.name for file in iter_modules(__path__)} | {"zeromerge": "zsmerge"}
 
 
 def names() -> tuple[str, ...]:
