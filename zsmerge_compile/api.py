@@ -38,7 +38,7 @@ def compile(
     """Compile a causal LM with a cache of `config.budget` slots per key/value head and layer.
 
     model       LLaMA, Mistral or Falcon from transformers, or any class with a registered spec; in eval mode. It is
-                neither copied nor changed: the result runs on its parameters.
+                neither copied nor changed: the result runs on its parameters (a TensorRT engine on copies of them).
     config      a `ZSMergeConfig`, or any policy from `zsmerge_compile.policy(name, ...)`
     batch_size  rows of the cache; each has its own length and can be reset and refilled alone
     backend     "inductor" (compiled), "eager" (the reference, node by node) or "tensorrt" (steps by a

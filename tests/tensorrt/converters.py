@@ -94,8 +94,8 @@ def step(name: str, dtype: torch.dtype) -> dict[str, Any]:
     config = policy_for(policy, model) if policy else zs.ZSMergeConfig(12, residual=2)
     base = zs.compile(tiny(model, dtype), config, BATCH, "eager")
     given = {key: value for key, value in tensorrt_build.settings(base.program).items() if key != "device"}
-    graph, _ = tensorrt_build.step_graph(base.program)
-    gm = compiled(tensorrt_build.step_program(base.program), graph.example, given)
+    graph, weights = tensorrt_build.step_graph(base.program)
+    gm = compiled(tensorrt_build.step_program(graph, weights), graph.example, given)
     engines, others, rest = tensorrt_build.segments(gm)
     operators, known = covered(gm)
     told = {"engines": len(engines), "others": others, "rest": sorted(rest), "operators": operators, "known": known}
@@ -105,10 +105,11 @@ def step(name: str, dtype: torch.dtype) -> dict[str, Any]:
     binding = tensorrt_build.wiring(gm, segment)
 
     made = graphs(base.program)
-    weights = [made.weights[name] for name in made.decode.weights]
-    base.prefill(prompt(BATCH, 30, pads=(0, 23))["input_ids"])
+    constants = [made.weights[name] for name in made.decode.weights]
+    given_prompt = prompt(BATCH, 30, pads=(0, 27))  # past the budget, and into slots that are mostly empty
+    base.prefill(given_prompt["input_ids"], given_prompt["attention_mask"])
     held = [number for number, tensor in enumerate(base.cache.flat) if tensor.numel()]  # what an engine has inputs for
-    errors = dict.fromkeys(["logits", *graph.state], 0.0)
+    errors: dict[str, float] = {}
     generator = torch.Generator().manual_seed(0)
     for number in range(STEPS):
         ids = torch.randint(128, (BATCH, 1), generator=generator)
@@ -120,20 +121,34 @@ def step(name: str, dtype: torch.dtype) -> dict[str, Any]:
                 strict=True)
         )  # fmt: skip
         with torch.no_grad():
-            logits = made.decode.module(ids, base.cache.seen_tokens, active, *state, *weights)
+            logits = made.decode.module(ids, base.cache.seen_tokens, active, *state, *constants)
         base.cache.seen_tokens.add_(active)
-        expected = [logits[active], *(state[number] for number in held)]
         found = [results[name] for name in binding.outputs]
-        found[0] = found[0][active]
-        for place, one, other in zip(errors, found, expected, strict=True):
-            assert one.dtype == other.dtype and one.shape == other.shape, (place, one.dtype, other.dtype)
-            spread = float(other.float().max() - other.float().min()) or 1.0
-            errors[place] = max(errors[place], float((one.float() - other.float()).abs().max()) / spread)
-    by_field: dict[str, float] = {}
-    for place, error in errors.items():
-        field = place.split("_", 1)[-1]
-        by_field[field] = max(by_field.get(field, 0.0), error)
-    return told | {"layers": sum(segment.network.layers.values()), "errors": by_field}
+        after = list(state)
+        for number, one in zip(held, found[1:], strict=True):
+            assert one.dtype == state[number].dtype and one.shape == state[number].shape, (number, one.dtype)
+            after[number] = one
+        pairs = [("logits", found[0][active], logits[active])]
+        count = len(base.program.policy.state_fields)
+        for first in range(0, len(state), count):
+            mine, its = (slots(base, tensors[first : first + count]) for tensors in (after, state))
+            pairs += [(field, mine[field], its[field]) for field in its]
+        for field, one, other in pairs:
+            if other.numel():
+                spread = float(other.float().max() - other.float().min()) or 1.0
+                error = float((one.float() - other.float()).abs().max()) / spread
+                errors[field] = max(errors.get(field, 0.0), error)
+    return told | {"layers": sum(segment.network.layers.values()), "errors": errors}
+
+
+def slots(base: Any, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """One layer's state with its live slots in an order of their own, as TensorRT may take another of empty ones."""
+    from zsmerge_compile.bench.differences import ordered
+    from zsmerge_compile.ops.state import State
+
+    size = len(State._fields)
+    more = zip(base.program.policy.state_fields[size:], tensors[size:], strict=True)
+    return ordered(State(*tensors[:size])) | dict(more)
 
 
 class Control(nn.Module):
@@ -173,6 +188,25 @@ def control(kind: str) -> dict[str, Any]:
     return {"operators": operators, "known": known, "engines": len(engines), "others": others, "refusal": refusal}
 
 
+def names(kind: str) -> dict[str, Any]:
+    """Which of the names that our driver uses TensorRT's bindings lack."""
+    import tensorrt as trt
+
+    from zsmerge_compile.lower import plan
+
+    used = {
+        trt: ("Logger", "Runtime"),
+        trt.Runtime: ("deserialize_cuda_engine",),
+        trt.ICudaEngine: (
+            *("num_io_tensors", "get_tensor_name", "get_tensor_dtype", "get_tensor_shape", "get_aliased_input_tensor"),
+            *("is_shape_inference_io", "create_execution_context", "serialize"),
+        ),
+        trt.IExecutionContext: ("set_tensor_address", "execute_async_v3"),
+        trt.DataType: tuple(plan.DTYPES),
+    }
+    return {"missing": [name for owner, listed in used.items() for name in listed if not hasattr(owner, name)]}
+
+
 def layout(kind: str) -> dict[str, Any]:
     """What one layer's step takes in each of the two layouts."""
     from tests.tensorrt import regions
@@ -195,8 +229,8 @@ def main(parts: Path, cases: Sequence[str]) -> None:
     for case in cases:
         name, kind, without = (*case.split(":"), "", "")[:3]
         try:
-            if name in ("control", "layout"):
-                told = {"control": control, "layout": layout}[name](kind)
+            if name in ("control", "layout", "names"):
+                told = {"control": control, "layout": layout, "names": names}[name](kind)
             else:
                 with passes_left_out(without):
                     told = step(name, getattr(torch, kind))

@@ -35,6 +35,7 @@ class Made:
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
     aliased: dict[str, str] = field(default_factory=dict)
+    on_host: set[str] = field(default_factory=set)
 
 
 class Context:
@@ -64,8 +65,8 @@ class Context:
 
 
 class Engine:
-    def __init__(self, made: Made) -> None:
-        self._made = made
+    def __init__(self, made: Made, content: bytes) -> None:
+        self._made, self._content = made, content
         self._all = made.inputs | made.outputs
         self.num_io_tensors = len(self._all)
 
@@ -77,6 +78,12 @@ class Engine:
 
     def get_tensor_shape(self, name: str) -> Any:
         return self._all[name].shape
+
+    def is_shape_inference_io(self, name: str) -> bool:
+        return name in self._made.on_host
+
+    def serialize(self) -> bytes:
+        return self._content
 
     def get_aliased_input_tensor(self, name: str) -> str | None:
         return self._made.aliased.get(name)
@@ -100,7 +107,7 @@ class TensorRT:
 
     def Runtime(self, logger: Any) -> Any:
         def deserialize(content: bytes) -> Engine | None:
-            return Engine(self.made[content]) if content in self.made else None
+            return Engine(self.made[content], content) if content in self.made else None
 
         return SimpleNamespace(deserialize_cuda_engine=deserialize)
 

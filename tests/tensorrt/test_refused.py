@@ -27,8 +27,7 @@ from zsmerge_compile.lower import inductor, tensorrt_build, tensorrt_needs
 ROOT = Path(__file__).resolve().parents[2]
 HERE = importlib.util.find_spec("torch_tensorrt") is not None
 SENTENCE = (
-    "TensorRT must be installed, got an environment without torch_tensorrt; "
-    'pip install "zsmerge-compile\\[tensorrt\\]"'
+    'TensorRT must be installed, got an environment without torch_tensorrt; pip install "zsmerge-compile\\[tensorrt\\]"'
 )
 
 
@@ -117,6 +116,8 @@ def test_segments_are_counted_and_named() -> None:
     assert found[1:] == (1, Counter({"aten.linalg_qr.default": 1})) and len(found[0]) == 2
     message = r"must be 1, got 3 \(2 engines, in PyTorch 1 aten.linalg_qr.default\); segments=3 allows them"
     with pytest.raises(UnsupportedGraphError, match=message):
+        tensorrt_build.check_segments(cut(["acc", "gpu", "acc"]), 1, hint=True)
+    with pytest.raises(UnsupportedGraphError, match=r"must be 1, got 3 .*aten.linalg_qr.default\)$"):
         tensorrt_build.check_segments(cut(["acc", "gpu", "acc"]), 1)
     assert tensorrt_build.check_segments(cut(["acc", "gpu", "acc"]), 3)[1] == 3
     with pytest.raises(UnsupportedGraphError, match=r"must be 5, got 1 \(0 engines"):

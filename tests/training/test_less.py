@@ -13,6 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import zsmerge_compile as zs
+from tests.policies.lists import H2O
 from training import less
 from zsmerge_compile.ops.less import Maps
 from zsmerge_compile.ops.policy import Site
@@ -40,28 +41,27 @@ def test_training_lowers_the_error() -> None:
 
 
 def test_what_is_kept_is_what_the_policy_keeps() -> None:
-    """Token by token, as H2O on lists: budget + 1 tokens are attended to, then one leaves."""
+    """Token by token, as H2O on lists: budget + 1 tokens are attended to, then one leaves; a share for each text."""
     generator = torch.Generator().manual_seed(1)
-    query, key, value = (torch.randn(1, 1, 80, 8, generator=generator) for _ in range(3))
-    layer = less.Layer(query, key, value, 8**-0.5, torch.eye(8))
-    seen = less.kept(layer)[0, 0]
-    budget = round(less.SHARE * 80)
-    from tests.policies.lists import H2O
-
-    one = H2O(budget, 8**-0.5, recent=budget // 2)
-    for t in range(80):
-        positions = [token.position for token in one.tokens] + [t]
-        assert seen[t].nonzero().flatten().tolist() == positions
-        one.extend(query[0, :, t : t + 1], key[0, 0, t : t + 1], value[0, 0, t : t + 1], prompt=False)
+    query, key, value = (torch.randn(3, 1, 80, 8, generator=generator) for _ in range(3))
+    seen = less.kept(less.Layer(query, key, value, 8**-0.5, torch.eye(8)))[:, 0]
+    for text, share in enumerate(less.SHARES):
+        budget = round(share * 80)
+        one = H2O(budget, 8**-0.5, recent=budget // 2)
+        for t in range(80):
+            positions = [token.position for token in one.tokens] + [t]
+            assert seen[text, t].nonzero().flatten().tolist() == positions
+            one.extend(query[text, :, t : t + 1], key[text, 0, t : t + 1], value[text, 0, t : t + 1], prompt=False)
 
 
-def test_what_is_trained_is_what_the_ops_compute() -> None:
+def test_what_is_trained_is_what_the_ops_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error of a whole text at once, masked, is that of the op's steps over it; four query heads, two of keys."""
+    monkeypatch.setattr(less, "SHARES", (0.1,))
     generator = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(2, heads, 60, 8, generator=generator) for heads in (4, 2, 2))
     layer = less.Layer(2 * q, k, v, 8**-0.5, torch.randn(5, 32, generator=generator))
     maps = Maps(*(torch.randn(shape, generator=generator) for shape in expected(4, 2, 8, 6, 3)))
-    budget = round(less.SHARE * 60)
+    budget = round(0.1 * 60)
     weights = {f"0.{name}": tensor for name, tensor in maps._asdict().items()}
     policy = zs.policy("less", budget=budget, recent=budget // 2, weights=weights)
     site = Site(0, "", "", 4, 2, 8, layer.scale)
@@ -75,7 +75,12 @@ def test_what_is_trained_is_what_the_ops_compute() -> None:
     full = F.scaled_dot_product_attention(*layer[:3], is_causal=True, scale=layer.scale, enable_gqa=True)
     ours, theirs = (out.transpose(1, 2).flatten(2) @ layer.projection.T for out in (torch.cat(outs, 2), full))
     expected_error = (ours - theirs).square().sum((1, 2)) / theirs.square().sum((1, 2))
-    torch.testing.assert_close(less.error(layer, less.kept(layer), maps), expected_error, rtol=1e-4, atol=1e-5)
+    held = less.kept(layer)
+    torch.testing.assert_close(less.error(layer, held, maps), expected_error, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(less.judge(layer, held, maps), expected_error.mean(), rtol=1e-4, atol=1e-5)
+    rows = torch.tensor([59, 7, 30])
+    some = (ours - theirs)[:, rows].square().sum((1, 2)) / theirs[:, rows].square().sum((1, 2))
+    torch.testing.assert_close(less.error(layer, held, maps, rows), some, rtol=1e-4, atol=1e-5)
 
 
 def test_texts_longer_than_a_window_are_refused(tmp_path: Path) -> None:

@@ -38,8 +38,9 @@ from zsmerge_compile.passes.graph import PassContext, attention_sites, calling
 from zsmerge_compile.passes.pipeline import CANONICALISE
 from zsmerge_compile.policies.less import FILE, SHIPPED, expected
 
-LENGTH = 512  # tokens of a sequence
-SHARE = 0.1  # of them is H2O's budget, half of it recent
+LENGTH = 1792  # tokens of a sequence: of how many tokens phi(q) z is a sum, so train at the lengths to be served
+SHARES = (0.2, 0.1, 0.05)  # of them is H2O's budget, half of it recent; sequences take them in turn
+QUERIES = 256  # of a sequence, drawn anew for each step
 RANK, HIDDEN = 8, 64  # the paper: 8 and 512, for heads of 128 dimensions; these have 32
 TRAINED, JUDGED = 64, 16  # sequences of training text, of held-out text
 RATE, START = 1e-2, 1.0  # learning rate, and d1 at the start; 1e-3 and 1e-4 as published learn little in minutes
@@ -86,13 +87,13 @@ def main(arguments: list[str] | None = None) -> None:
         started = time.perf_counter()
         maps = train(layer, options.steps, rng)
         held = kept(judged)
-        bare, ours = (float(error(judged, held, m).mean()) for m in (None, maps))
+        bare, ours = (float(judge(judged, held, m)) for m in (None, maps))
         errors.append({"layer": number, "h2o": bare, "less": ours})
         seconds = time.perf_counter() - started
         console.print(f"layer {number}: error of held-out outputs {bare:.4f} -> {ours:.4f} of theirs, {seconds:.0f} s")
         tensors |= {f"{number}.{name}": tensor.contiguous() for name, tensor in maps._asdict().items()}
-    told: dict[str, Any] = {"rank": RANK, "hidden": HIDDEN, "eviction": "h2o", "share": SHARE, "tokens": options.length}
-    told |= {"steps": options.steps, "seed": options.seed, "errors": errors, **environment()}
+    told: dict[str, Any] = {"rank": RANK, "hidden": HIDDEN, "eviction": "h2o", "shares": SHARES}
+    told |= {"tokens": options.length, "steps": options.steps, "seed": options.seed, "errors": errors, **environment()}
     output = options.output or folder / FILE
     save_file(tensors, output, metadata={name: json.dumps(value) for name, value in told.items()})
     console.print(f"written to {output}")
@@ -138,46 +139,58 @@ def projection(model: nn.Module, layer: int) -> Tensor:
 
 @torch.no_grad()
 def kept(layer: Layer) -> Tensor:
-    """Whether query t attends to key i by its logit: [N, G, T, T]. H2O of SHARE of the tokens, half of them recent."""
+    """Whether query t attends to key i by its logit: [N, G, T, T]. H2O of SHARES of the tokens, half of them recent."""
     n, groups, length, _ = layer.key.shape
-    budget = max(4, round(SHARE * length))
-    recent = budget // 2
-    logits = layer.query.unflatten(1, (groups, -1)) @ layer.key[:, :, None].mT * layer.scale  # [N, G, r, T, T]
+    budgets = [max(4, round(SHARES[number % len(SHARES)] * length)) for number in range(n)]
+    budget = torch.tensor(budgets)[:, None, None]
+    recent, column = budget // 2, torch.arange(length)
+    query = layer.query.unflatten(1, (groups, -1))
     alive, score = torch.zeros(n, groups, length, dtype=torch.bool), torch.zeros(n, groups, length)
     seen = torch.zeros(n, groups, length, length, dtype=torch.bool)
     for t in range(length):
         alive[..., t] = True
         seen[:, :, t] = alive
-        score += torch.softmax(logits[:, :, :, t].masked_fill(~alive[:, :, None], -torch.inf), -1).sum(2)
-        if t >= budget:  # budget + 1 tokens attended; the lowest score leaves, of those that are not recent
-            rank = score.masked_fill(~alive, torch.inf)
-            rank[..., t - recent + 1 :] = torch.inf
-            alive.scatter_(2, rank.argmin(2, keepdim=True), False)
+        logits = (query[:, :, :, t] @ layer.key.mT) * layer.scale  # [N, G, r, T]
+        score += torch.softmax(logits.masked_fill(~alive[:, :, None], -torch.inf), -1).sum(2)
+        # budget + 1 tokens attended; the lowest score leaves, of those that are not recent
+        rank = score.masked_fill(~alive | (column > t - recent), torch.inf)
+        lowest = rank.argmin(2, keepdim=True)
+        alive.scatter_(2, lowest, alive.gather(2, lowest) & (t < budget))
     return seen
 
 
-def error(layer: Layer, held: Tensor, maps: Maps | None) -> Tensor:
+def error(layer: Layer, held: Tensor, maps: Maps | None, rows: Tensor | None = None) -> Tensor:
     """Squared error of the projected outputs over the squares of full attention's: [N]. maps None: H2O alone.
 
-    For texts no longer than the layer's window, if it has one.
+    Of the queries `rows`, or of all. For texts no longer than the layer's window, if it has one.
     """
     groups, length = layer.key.shape[1], layer.key.shape[2]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    logits = layer.query.unflatten(1, (groups, -1)) @ layer.key[:, :, None].mT * layer.scale
+    rows = torch.arange(length) if rows is None else rows
+    query, causal = layer.query[:, :, rows], torch.arange(length) <= rows[:, None]
+    logits = query.unflatten(1, (groups, -1)) @ layer.key[:, :, None].mT * layer.scale
     full = torch.softmax(logits.masked_fill(~causal, -torch.inf), -1)
     low = torch.full_like(logits, -torch.inf)
     if maps is not None:
-        phi, psi = maps.phi(layer.query).unflatten(1, (groups, -1)), maps.psi(layer.key)
+        phi, psi = maps.phi(query).unflatten(1, (groups, -1)), maps.psi(layer.key)
         low = (phi @ psi[:, :, None].mT + 1e-20).log()
-    given = torch.where(held[:, :, None], logits, low).masked_fill(~causal, -torch.inf)
+    given = torch.where(held[:, :, None, rows], logits, low).masked_fill(~causal, -torch.inf)
     outs = [(attention @ layer.value[:, :, None]).flatten(1, 2) for attention in (torch.softmax(given, -1), full)]
     ours, theirs = (out.transpose(1, 2).flatten(2) @ layer.projection.T for out in outs)
     return (ours - theirs).square().sum((1, 2)) / theirs.square().sum((1, 2))
 
 
+@torch.no_grad()
+def judge(layer: Layer, held: Tensor, maps: Maps | None) -> Tensor:
+    """The mean error, a sequence at a time."""
+    each = zip(layer.query, layer.key, layer.value, held, strict=True)
+    return torch.stack(
+        [error(layer._replace(query=q[None], key=k[None], value=v[None]), h[None], maps)[0] for q, k, v, h in each]
+    ).mean()
+
+
 def train(layer: Layer, steps: int, rng: np.random.Generator) -> Maps:
     """Adam, its rate falling by a cosine."""
-    (n, heads, _, dim), kv_heads = layer.query.shape, layer.key.shape[1]
+    (n, heads, length, dim), kv_heads = layer.query.shape, layer.key.shape[1]
     shapes = expected(heads, kv_heads, dim, HIDDEN, RANK)
     begun = [torch.randn(shape) * shape[-2] ** -0.5 for shape in shapes[:4]]
     begun += [torch.full(shapes[4], START), torch.zeros(shapes[5]), torch.full(shapes[6], START / 100)]
@@ -187,9 +200,10 @@ def train(layer: Layer, steps: int, rng: np.random.Generator) -> Maps:
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = RATE * (1 + math.cos(math.pi * step / steps)) / 2
         chosen = torch.from_numpy(rng.choice(n, 4, replace=False))
+        rows = torch.from_numpy(rng.choice(length, min(QUERIES, length), replace=False))
         batch = layer._replace(**{name: getattr(layer, name)[chosen] for name in ("query", "key", "value")})
         optimizer.zero_grad(set_to_none=True)
-        error(batch, held[chosen], maps).mean().backward()
+        error(batch, held[chosen], maps, rows).mean().backward()
         optimizer.step()
     return Maps(*(tensor.detach() for tensor in maps))
 

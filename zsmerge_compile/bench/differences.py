@@ -28,7 +28,7 @@ def of_states(ours: State, theirs: State, dtype: torch.dtype, score_half: float 
     score_half: how far scores may be apart in half precision, as a share of 1 + the score.
     """
     half = dtype != torch.float32
-    mine, other = _ordered(ours), _ordered(theirs)
+    mine, other = ordered(ours), ordered(theirs)
     for name, ours_part in mine.items():
         theirs_part = other[name]
         error = (ours_part.double() - theirs_part.double()).abs()
@@ -40,7 +40,7 @@ def of_states(ours: State, theirs: State, dtype: torch.dtype, score_half: float 
     return ""
 
 
-def _ordered(state: State) -> dict[str, Tensor]:
+def ordered(state: State) -> dict[str, Tensor]:
     """Live content in an order of its own: single tokens by position, residual slots as opened; zeros elsewhere."""
     singles = state.weight.shape[2] - state.opened.shape[2]
     live, late = state.weight > 0, torch.iinfo(torch.int32).max
@@ -52,7 +52,7 @@ def _ordered(state: State) -> dict[str, Tensor]:
     rank = torch.where(merged, state.opened, late).argsort(-1)
     parts = {name: getattr(state, name)[:, :, singles:] for name in ("position", "weight", "score", "key", "value")}
     parts |= {"masters of keys": state.residual_key, "masters of values": state.residual_value}
-    parts |= {"mean position": state.residual_position}
+    parts |= {"mean position": state.residual_position, "order of opening": state.opened}
     for name, part in parts.items():
         residual = _take(part, merged, rank)
         found[name] = torch.cat([found[name], residual], 2) if name in found else residual

@@ -36,6 +36,7 @@ ENGINE = "decode.engine"
 write, read = aoti.write, aoti.read  # prompts
 
 # Networks are always strongly typed from TensorRT 11 on; the flag asks 10 for it.
+# What it builds is for other runtimes: a bundle is loaded with the engine that was written into it.
 TRTEXEC = "trtexec --onnx=decode.onnx --saveEngine=decode.trtexec.engine --stronglyTyped --noTF32\n"
 
 
@@ -45,6 +46,9 @@ def check(compiled: Any) -> None:
     onnx.require()
     if compiled.device.type != "cuda":
         raise InputError(must("model of a tensorrt bundle", "on the GPU", f"on {compiled.device}", "model.cuda()"))
+    parts = compiled.report.parts["decode"] if compiled.report.backend == "tensorrt" else 1
+    if parts > 1:
+        raise InputError(must("step of a tensorrt bundle", "one engine", f"{parts} segments"))
 
 
 def check_here() -> None:

@@ -35,14 +35,15 @@ def add(commands: Any) -> None:
     parser.add_argument("--max-length", type=count, metavar="N", help="tokens of a prompt at most (twice small budget)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of weights and cache (auto: as saved)")
     add_policy(parser)
-    add_backend(parser, "eager")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ... (cpu)")
+    add_backend(parser, "eager", "tensorrt")
     parser.set_defaults(command=command)
 
 
 def command(options: argparse.Namespace) -> int:
     options.policy.make(ROOMY)  # what is wrong with it is told before the model is loaded
     with notes().status("loading"):
-        model = load_model(options.path, options.dtype)
+        model = load_model(options.path, options.dtype, options.device)
     try:
         report = _check(model, options)
     except EquivalenceError as difference:

@@ -66,8 +66,8 @@ def add_command(commands: Any, name: str, summary: str, text: str, examples: str
     return parser
 
 
-def add_backend(parser: argparse.ArgumentParser, default: str) -> None:
-    choices = ("inductor", "eager", "tensorrt")
+def add_backend(parser: argparse.ArgumentParser, default: str, *more: str) -> None:
+    choices = ("inductor", "eager", *more)
     parser.add_argument("--backend", choices=choices, default=default, help=f"what runs the graphs ({default})")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from zsmerge_compile.cli.checkpoint import DTYPES, load_model, load_tokenizer
 from zsmerge_compile.cli.console import add_command, bytes_text, console, count, notes
 from zsmerge_compile.cli.policy import add_policy
-from zsmerge_compile.errors import InputError
+from zsmerge_compile.errors import InputError, must
 
 _EXAMPLES = """  zsmerge-compile export ~/models/Llama-3.2-1B bundle/ --budget 1024
   zsmerge-compile export ~/models/Llama-3.2-1B bundle/ --format aoti --batch-size 8 --prefill chunked
@@ -47,6 +47,8 @@ def command(options: argparse.Namespace) -> int:
     started, said = time.perf_counter(), notes()
     if options.format == "tensorrt":  # what is missing is told before the model is loaded
         tensorrt_needs.require()
+        if not options.device.startswith("cuda"):
+            raise InputError(must("--device", "cuda with --format tensorrt", options.device))
     policy = options.policy.make(options.budget, prefill=options.prefill)
     with said.status("loading"):
         model = load_model(options.path, options.dtype, options.device)

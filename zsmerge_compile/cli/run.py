@@ -63,7 +63,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (0)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of weights and cache (auto: as saved)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (cuda where there is one)")
-    add_backend(parser, "inductor")
+    add_backend(parser, "inductor", "tensorrt")
     parser.set_defaults(command=command)
 
 

@@ -5,7 +5,7 @@ output once more: with a cache among them, four times the cache's bytes per toke
 address, so the engine reads and writes them where they lie, and `execute_async_v3` is what a CUDA graph records.
 
 Not run anywhere yet: TensorRT could not be installed where this was written. The tests drive it with a stand-in of the
-calls it makes, whose names are checked against TensorRT 11.0's Python bindings.
+calls it makes, whose names are checked against TensorRT 11.0's Python bindings (tests/tensorrt).
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from zsmerge_compile.errors import BundleError, must
-from zsmerge_compile.lower.tensorrt_needs import library
+from zsmerge_compile.lower.tensorrt_needs import library, on
 from zsmerge_compile.program import Interface, TensorSpec
+from zsmerge_compile.runtime.bound_step import Run
 
-_DTYPES = {
+DTYPES = {
     "FLOAT": torch.float32,
     "HALF": torch.float16,
     "BF16": torch.bfloat16,
@@ -53,31 +54,44 @@ class Plan:
 
     def __init__(self, content: bytes, binding: Binding, interface: Interface) -> None:
         trt = library("tensorrt")
-        self.content, self.binding = content, binding
-        self._device = interface.device
-        self._runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))  # host code stays disallowed, as by default
-        self._engine = self._runtime.deserialize_cuda_engine(content)
+        self.binding, self._device = binding, interface.device
+        with on(self._device):
+            self._runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))  # host code stays disallowed, as by default
+            self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
-            hint = "build it again on this machine"
-            raise BundleError(must("engine", f"one that TensorRT {trt.__version__} reads here", "another", hint))
+            got = f"one of {len(content):,} bytes that it does not read, or no memory for it"
+            hint = "TensorRT's log says which; build it again on this machine"
+            raise BundleError(must("engine", f"one that TensorRT {trt.__version__} reads here", got, hint))
         self._check(interface)
         aliased = [self._engine.get_aliased_input_tensor(name) for name in binding.outputs[1:]]
         self.in_place = frozenset(
             place for place, name in enumerate(aliased) if name and name == binding.inputs[3 + place]
         )
-        self._context: Any = self._engine.create_execution_context()
-        if self._context is None:
-            raise BundleError(must("memory for the engine's activations", "available", "too little"))
 
-    def __call__(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    @property
+    def content(self) -> bytes:
+        """The engine, serialized."""
+        return bytes(self._engine.serialize())
+
+    def context(self) -> Run:
+        """An execution context of its own. Raises BundleError where memory for its activations is lacking."""
+        with on(self._device):
+            context: Any = self._engine.create_execution_context()
+        if context is None:
+            raise BundleError(must("memory for the engine's activations", "available", "too little"))
         names = (*self.binding.inputs, *self.binding.outputs)
-        for name, tensor in zip(names, (*inputs, *outputs), strict=True):
-            if name is not None and not self._context.set_tensor_address(name, tensor.data_ptr()):
-                raise RuntimeError(f"TensorRT did not take the address of {name}")
-        cuda = self._device.type == "cuda"
-        stream = torch.cuda.current_stream(self._device).cuda_stream if cuda else 0
-        if not self._context.execute_async_v3(stream):
-            raise RuntimeError("TensorRT did not run the engine; its log says why")
+
+        def run(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+            for name, tensor in zip(names, (*inputs, *outputs), strict=True):
+                if name is not None and not context.set_tensor_address(name, tensor.data_ptr()):
+                    raise RuntimeError(f"TensorRT did not take the address of {name}")
+            with on(self._device):
+                cuda = self._device.type == "cuda"
+                stream = torch.cuda.current_stream(self._device).cuda_stream if cuda else 0
+                if not context.execute_async_v3(stream):
+                    raise RuntimeError("TensorRT did not run the engine; its log says why")
+
+        return run
 
     def _check(self, interface: Interface) -> None:
         """Every name, shape and dtype: a state tensor in 16 bits would be read as garbage, not refused."""
@@ -94,7 +108,9 @@ class Plan:
             odd = sorted(there ^ set(given))[0]
             raise BundleError(must("engine's inputs and outputs", "those of this cache", f"a difference in {odd!r}"))
         for name, spec in given.items():
-            dtype = _DTYPES.get(engine.get_tensor_dtype(name).name)
+            if engine.is_shape_inference_io(name):
+                raise BundleError(must(f"engine's {name}", "a tensor on the device", "one that the host reads"))
+            dtype = DTYPES.get(engine.get_tensor_dtype(name).name)
             shape = tuple(engine.get_tensor_shape(name))
             if (shape, dtype) != (spec.shape, spec.dtype):
                 must_be, is_now = (f"{list(size)} {kind}" for size, kind in (spec, (shape, dtype)))

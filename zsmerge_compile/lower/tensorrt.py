@@ -4,9 +4,10 @@ Not run anywhere yet, for want of a machine with TensorRT: `tools/tensorrt_check
 tested stops before TensorRT itself (tests/tensorrt/README.md says where).
 
 The engine is a pure function (token_ids, seen, active, *state) -> (logits, *new state). Weights are constants in it, so
-they lie twice on the device: in the engine, and in the model for prompts. `runtime/bound_step.py` binds the state: two
-sets of tensors that change roles with every token, or one where the engine itself says that an output lies in the
-memory of its input.
+they lie twice on the device: in the engine, and in the model for prompts. While an engine is built and read they lie
+there once more, and in the host's memory. `runtime/bound_step.py` binds the state: two sets of tensors that change
+roles with every token, or one where the engine itself says that an output lies in the memory of its input. A step of
+several segments is called, not recorded, and its results are copied.
 
 Two layouts of keys and values were weighed, per layer:
 
@@ -29,18 +30,20 @@ The price: a step moves three times the bytes of K and V that reading them once 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from zsmerge_compile.lower import inductor
 from zsmerge_compile.lower.lowered import Lowered
 from zsmerge_compile.lower.plan import Plan
-from zsmerge_compile.lower.tensorrt_build import check_segments, compiled_step, whole
+from zsmerge_compile.lower.tensorrt_build import Built, check_segments, compiled_step, whole
 from zsmerge_compile.lower.tensorrt_needs import library
 from zsmerge_compile.program import Program
-from zsmerge_compile.runtime.bound_step import BoundStep
+from zsmerge_compile.runtime.bound_step import BoundStep, Run
 from zsmerge_compile.runtime.graphs import cuda_recorder
 
 
@@ -49,18 +52,26 @@ def lower(program: Program, segments: int = 1) -> Lowered:
 
     Raises UnsupportedGraphError if the step takes more than `segments` engines and parts in PyTorch.
     """
-    prefill = inductor.lower_graph(program, "prefill", len(program.layouts) >= inductor.DEEP["cuda"])
     compiled = compiled_step(program)
-    made, count = check_segments(compiled, segments)
-    step = one_engine(program, compiled) if count == 1 else BoundStep(Pieces(compiled), program.interface())
+    made, count = check_segments(compiled, segments, hint=True)
+    if count == 1:
+        built = whole(compiled)
+        del compiled  # it holds the engine, and a context for it, on the device
+        step = one_engine(program, built)
+    else:
+        step = BoundStep(Pieces(compiled), program.interface())
+    prefill = inductor.lower_graph(program, "prefill", len(program.layouts) >= inductor.DEEP["cuda"])
     versions = " and ".join(f"{name} {library(name).__version__}" for name in ("torch_tensorrt", "tensorrt"))
     kernels = {"extend": prefill.kernel, "decode": f"{made}; {versions}"}
     return Lowered(prefill.run, step, kernels, {"prefill": prefill.parts, "decode": count})
 
 
-def one_engine(program: Program, compiled: Any) -> BoundStep:
+def one_engine(program: Program, built: Built) -> BoundStep:
     """The step by its one engine, its work recorded as CUDA graphs."""
-    built, interface = whole(compiled), program.interface()
+    gc.collect()
+    if program.device.type == "cuda":
+        torch.cuda.empty_cache()  # TensorRT allocates beside PyTorch
+    interface = program.interface()
     record = cuda_recorder(program.device) if program.device.type == "cuda" else None
     return BoundStep(Plan(*built, interface), interface, record)
 
@@ -73,6 +84,11 @@ class Pieces:
     def __init__(self, module: Any) -> None:
         self._module = module
 
-    def __call__(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        for place, result in zip(outputs, self._module(*inputs), strict=True):
-            place.copy_(result)
+    def context(self) -> Run:
+        """The module itself, which keeps contexts of its own."""
+
+        def run(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+            for place, result in zip(outputs, self._module(*inputs), strict=True):
+                place.copy_(result)
+
+        return run

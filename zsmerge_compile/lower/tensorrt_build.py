@@ -18,7 +18,7 @@ from zsmerge_compile.lower.functional import Holding, functional, without_empty
 from zsmerge_compile.lower.plan import Binding
 from zsmerge_compile.lower.slot_access import several_indices, slot_access
 from zsmerge_compile.lower.standard import Graph, exported, graphs
-from zsmerge_compile.lower.tensorrt_needs import library
+from zsmerge_compile.lower.tensorrt_needs import library, on
 from zsmerge_compile.lower.tensorrt_spelling import tensorrt_spelling
 from zsmerge_compile.program import Program
 
@@ -59,9 +59,8 @@ def step_graph(program: Program) -> tuple[Graph, dict[str, Any]]:
     return functional(without_empty(made.decode)), made.weights
 
 
-def step_program(program: Program) -> torch.export.ExportedProgram:
+def step_program(graph: Graph, weights: dict[str, Any]) -> torch.export.ExportedProgram:
     """The step exported, its weights held, in operators that TensorRT has. Raises UnsupportedGraphError."""
-    graph, weights = step_graph(program)
     held = Holding(graph.module, {name: weights[name] for name in graph.weights})
     done = respelled(exported(graph, weights, held))
     for node in done.graph.nodes:
@@ -89,8 +88,9 @@ def compiled_step(program: Program) -> Any:
     unknown = sorted(set(given) - set(inspect.signature(compile).parameters))
     if unknown:
         raise UnsupportedGraphError(must("torch-tensorrt", "2.13, which takes every setting", f"no {unknown[0]}"))
-    graph, _ = step_graph(program)
-    return compile(step_program(program), arg_inputs=list(graph.example), **given)
+    graph, weights = step_graph(program)
+    with on(program.device):
+        return compile(step_program(graph, weights), arg_inputs=list(graph.example), **given)
 
 
 def whole(compiled: Any) -> Built:
@@ -101,16 +101,16 @@ def whole(compiled: Any) -> Built:
     return Built(bytes(engine.serialized_engine), wiring(compiled, engine))
 
 
-def check_segments(compiled: Any, allowed: int) -> tuple[str, int]:
+def check_segments(compiled: Any, allowed: int, hint: bool = False) -> tuple[str, int]:
     """What the step consists of, in words, and of how many segments. Raises UnsupportedGraphError if of more than
-    `allowed`, or of no engine."""
+    `allowed`, or of no engine; hint: the caller has an option to allow more."""
     engines, others, rest = segments(compiled)
     count = len(engines) + others
     left = ", ".join(f"{times} {name}" for name, times in sorted(rest.items()))
     found = "one TensorRT engine" if count == 1 and engines else f"{len(engines)} engines, in PyTorch {left or 'none'}"
     if not engines or count > allowed:
-        hint = f"segments={count} allows them" if engines else ""
-        raise UnsupportedGraphError(must("segments of a TensorRT step", allowed, f"{count} ({found})", hint))
+        way_out = f"segments={count} allows them" if engines and hint else ""
+        raise UnsupportedGraphError(must("segments of a TensorRT step", allowed, f"{count} ({found})", way_out))
     return found, count
 
 

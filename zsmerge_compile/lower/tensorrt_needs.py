@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -36,6 +37,11 @@ def require(needed: tuple[str, ...] = BUILD) -> None:
     told = missing(needed)
     if told is not None:
         raise MissingBackendError(told)
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """TensorRT works on the current device: in this context that is `device`."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def library(name: str) -> Any:

@@ -14,6 +14,7 @@ After:
     aten.select.int(x, 1, size - 1)
     aten.slice.Tensor(x, 2, size - 2, size - 1)
 
+Of equal values TensorRT's choice is not documented: a token may take another of several empty slots than elsewhere.
 Positions are compared in float32 there too (argmin): exact for the first 2**24 tokens of a row.
 """
 

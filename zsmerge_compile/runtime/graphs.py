@@ -33,6 +33,8 @@ class DirectStep:
 
     def __init__(self, decode: Decode, seen: Tensor, state: Sequence[Tensor]) -> None:
         self._decode, self._seen, self._state = decode, seen, tuple(state)
+        if hasattr(decode, "prepare"):
+            decode.prepare(seen, *self._state)
         self.how: str = getattr(decode, "how", "called directly")  # some decodes record themselves
 
     def __call__(self, token_ids: Tensor, active: Tensor) -> Tensor:
