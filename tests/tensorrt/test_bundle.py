@@ -106,9 +106,14 @@ def test_other_engines_and_names_are_refused(written: Any, tools: Tools, tmp_pat
     signed(folder, without="decode.engine.json")
     with pytest.raises(BundleError, match=r"manifest's files must be with decode.engine.json, got without"):
         zs.load(folder)
+    (made,) = tools.trt.made.values()
+    made.on_host.add("in_0")
+    signed(folder)
+    with pytest.raises(BundleError, match="engine's in_0 must be a tensor on the device, got one that the host reads"):
+        zs.load(folder)
     (folder / "decode.engine").write_bytes(b"another")
     signed(folder)
-    with pytest.raises(BundleError, match="engine must be one that TensorRT .* reads here, got another; build it"):
+    with pytest.raises(BundleError, match="engine must be one that TensorRT .* reads here, got one of 7 bytes that it"):
         zs.load(folder)
 
 
