@@ -111,7 +111,7 @@ def test_what_cannot_be_made_says_why_and_is_not_tried_again(tmp_path: Path, mon
     group = Group("policies", SHAPE, torch.float32, (row("snapkv", 16), row("h2o", 16)), Plan(rounds=2, warmup=1))
     Session(CPU, results, lambda text: None).run(group)
     absent, there = load(tmp_path / "r.json").records
-    assert absent.status == "skipped" and str(absent.reason).startswith(f"{CANNOT}proximity must be at most the budget")
+    assert absent.status == "skipped" and str(absent.reason).startswith(f"{CANNOT}window must be at most the budget")
     assert there.status == "measured" and there.check == "green" and there.slot_bytes == pytest.approx(2 * 64 + 12)
     assert plan.missing([group], results, results.run.machine, CPU, 2**33) == []
 

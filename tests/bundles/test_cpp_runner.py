@@ -20,8 +20,8 @@ STEPS = 200
 CASES = [
     ("llama-gqa", 1, "segment", None),
     ("llama-gqa", 3, "sequential", 16),
-    pytest.param("mistral-w8", 3, "segment", None, marks=pytest.mark.slow),
-    ("falcon-7b", 1, "segment", None),
+    ("mistral-w8", 3, "segment", None),
+    ("falcon-7b", 3, "segment", None),
 ]
 
 

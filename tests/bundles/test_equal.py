@@ -8,6 +8,7 @@ import sys
 import weakref
 import zipfile
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,10 @@ from zsmerge_compile.bundles import manifest as manifests
 from zsmerge_compile.testing.tolerance import LOGITS_FP32
 
 STEPS = 200
+LONG = [("mistral-w8", "aoti", 1), ("falcon-7b", "aoti", 1)]  # a minute and a half each, to compile
 CASES = [
-    (name, format, batch)
-    for name in ("llama-gqa", "mistral-w8", "falcon-7b")
-    for format in ("pt2", "aoti", "onnx")
-    for batch in (1, 3)
+    pytest.param(*case, marks=[pytest.mark.slow] if case in LONG else [])
+    for case in product(("llama-gqa", "mistral-w8", "falcon-7b"), ("pt2", "aoti", "onnx"), (1, 3))
 ]
 MORE = [("falcon-rw", "pt2", 3), ("falcon-new", "pt2", 3), ("llama-yarn", "pt2", 1)]
 

@@ -97,7 +97,7 @@ def test_cells_are_added_to_those_of_other_methods(tmp_path: Path, small: None) 
     cells = {cell["method"]: cell for cell in found.cells}
     assert cells["zsmerge, segment"] == before["zsmerge, segment"]
     assert cells["snapkv:window=4"]["slots"] == 30 and 0 < cells["snapkv:window=4"]["loss"]["mean"] < 9
-    assert cells["snapkv"]["why_not"].startswith("proximity must be at most the budget of 30 slots")
+    assert cells["snapkv"]["why_not"].startswith("window must be at most the budget of 30 slots")
     assert "must be at most 30" in cells["full"]["why_not"]
     assert found.conditions["llama"]["command"] == "tools/quality; tools/quality --policies snapkv full"
     session(path, keep=True)
