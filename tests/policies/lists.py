@@ -27,11 +27,12 @@ class Token:
 class Listed:
     """A cache that keeps everything; subclasses say what leaves.
 
-    margin: how close any choice between scores was; 0 after a tie.
+    margin: how close any choice between scores was; 0 after a tie. span: the window of the layer, in tokens.
     """
 
     budget: int
     scale: float
+    span: int | None = field(default=None, kw_only=True)
     tokens: list[Token] = field(default_factory=list)
     seen: int = 0
     margin: float = math.inf
@@ -55,7 +56,11 @@ class Listed:
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Attention [r, m] and output [r, D] of queries [r, D], which come with the last of self.tokens[:m]."""
-        attention = torch.softmax(self.logits(query, keys, len(keys) - 1), -1)
+        logits = self.logits(query, keys, len(keys) - 1)
+        if self.span is not None:
+            behind = torch.tensor([self.tokens[len(keys) - 1].position - t.position for t in self.tokens[: len(keys)]])
+            logits = logits.masked_fill(behind >= self.span, -math.inf)
+        attention = torch.softmax(logits, -1)
         return attention, attention @ values
 
     def logits(self, query: Tensor, keys: Tensor, mine: int) -> Tensor:
@@ -64,6 +69,8 @@ class Listed:
 
     def left(self, prompt: bool) -> list[Token]:
         """What stays after a prompt or a step."""
+        if self.span is not None:
+            self.tokens = [token for token in self.tokens if self.seen - token.position < self.span]
         return self.kept() if len(self.tokens) > self.budget else self.tokens
 
     def rate(self, weights: Tensor, old: int, prompt: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -33,26 +33,31 @@ class Choice(NamedTuple):
     listed: Callable[[int], Listed]  # of a key/value head
     frequencies: Tensor | None = None
     slopes: Tensor | None = None  # of one group's heads
+    window: int | None = None  # of the layer
 
     def site(self, kv_heads: int, repeats: int) -> Site:
         turns = None if self.frequencies is None else tuple(self.frequencies.tolist())
         slopes = None if self.slopes is None else tuple(self.slopes.tolist() * kv_heads)
-        return Site(0, "", "", kv_heads * repeats, kv_heads, DIM, SCALE, frequencies=turns, slopes=slopes)
+        more: dict[str, Any] = dict(window=self.window, frequencies=turns, slopes=slopes)
+        return Site(0, "", "", kv_heads * repeats, kv_heads, DIM, SCALE, **more)
 
 
 @st.composite
 def choices(draw: st.DrawFn, name: str, repeats: int) -> Choice:
     budget = draw(st.integers(3, 12))
+    window = draw(st.one_of(st.none(), st.integers(budget + 1, budget + 9)))  # larger: of others the budget is theirs
     if name == "h2o":
         recent = draw(st.integers(1, budget))
-        return Choice(zs.policy(name, budget=budget, recent=recent), lambda _: H2O(budget, SCALE, recent=recent))
+        policy = zs.policy(name, budget=budget, recent=recent)
+        return Choice(policy, lambda _: H2O(budget, SCALE, span=window, recent=recent), window=window)
     if name == "streaming":
         sinks, positions = draw(st.integers(0, budget - 1)), draw(st.sampled_from(["cache", "text"]))
         policy = zs.policy(name, budget=budget, sinks=sinks, positions=positions)
-        turns, slopes = (None, None) if positions == "text" else draw(kinds_of_positions(repeats))
-        return Choice(
-            policy, lambda _: Streaming(budget, SCALE, sinks=sinks, frequencies=turns, slopes=slopes), turns, slopes
-        )
+        if positions == "text":
+            return Choice(policy, lambda _: Streaming(budget, SCALE, span=window, sinks=sinks), window=window)
+        turns, slopes = draw(kinds_of_positions(repeats))
+        known = dict(sinks=sinks, frequencies=turns, slopes=slopes)
+        return Choice(policy, lambda _: Streaming(budget, SCALE, **known), turns, slopes)
     if name == "lm_infinite":
         sinks, positions = draw(st.integers(0, budget - 1)), draw(st.sampled_from(["cache", "text"]))
         policy, capped = zs.policy(name, budget=budget, sinks=sinks, positions=positions), positions == "cache"
@@ -65,7 +70,8 @@ def choices(draw: st.DrawFn, name: str, repeats: int) -> Choice:
         drawn = {"draw": "expectation"} if seed is None else {"seed": seed}
         return Choice(
             zs.policy(name, budget=budget, sinks=sinks, merged=merged, **drawn),
-            lambda head: CaM(budget, SCALE, sinks=sinks, merged=merged, seed=seed, head=head),
+            lambda head: CaM(budget, SCALE, span=window, sinks=sinks, merged=merged, seed=seed, head=head),
+            window=window,
         )
     if name == "kvmerger":
         recent = draw(st.integers(1, budget - 1))

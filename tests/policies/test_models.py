@@ -119,7 +119,7 @@ def test_under_torch_compile(name: str) -> None:
 
 def test_budgets_per_layer() -> None:
     model = tiny("llama-gqa")
-    for name in sorted(set(names()) - {"pyramidkv"}):  # which spreads one count by its formula
+    for name in names():
         more = {key: value for key, value in GIVEN[name].items() if key != "budget"}
         more |= {"sinks": 3} if name == "cam" else {}
         more |= {"weights": random_weights(2, 4, 2, 8)} if name == "less" else {}
@@ -130,8 +130,12 @@ def test_budgets_per_layer() -> None:
     assert sum(pyramid.budgets(32)) / 32 == pytest.approx(128, rel=0.05)
     # (128 - 8) // 20 = 6; 2 * 120 - 6 = 234; (234 - 6) // 31 = 7
     assert pyramid.budgets(32)[:2] == (242, 235) and pyramid.budgets(32)[-1] == 234 - 31 * 7 + 8
-    capped = zs.policy("pyramidkv", budget=128, window=8, beta=20, length=200)
-    assert capped.budgets(2) == (200, 56)  # most = 200 - 8, least = 240 - 192
+    for length in (200, 239):  # below 2 * 120
+        assert zs.policy("pyramidkv", budget=128, window=8, beta=20, length=length).budgets(3) == (128,) * 3
+    for length, expected in ((240, (240, 128, 16)), (300, pyramid.budgets(3))):  # 240 - 8 is below 234: the cap
+        assert zs.policy("pyramidkv", budget=128, window=8, beta=20, length=length).budgets(3) == expected
+    with pytest.raises(zs.ZSMergeError, match="slots of the last layer must be at least 3, got 1 from budget 3"):
+        zs.policy("pyramidkv", budget=3, window=1).budgets(2)
     assert pyramid.budgets(1) == (128,)
 
 
@@ -166,14 +170,16 @@ def test_saved_caches_name_their_policy(tmp_path: Path) -> None:
         ("kvmerger", {"budget": 12, "recent": 8, "top": 4}, "recent . top must be less than the budget .*, got 8 . 4"),
         ("kvmerger", {"budget": 12, "sets": "mean"}, "sets must be one of threshold, fixed, got 'mean'"),
         ("kvmerger", {"budget": 12, "threshold": 2}, "threshold must be a cosine, .*, got 2"),
-        ("kvmerger", {"budget": 12, "sigma": 0.0}, "sigma must be a number above 0, got 0.0"),
+        ("kvmerger", {"budget": 12, "sigma": 0.0}, r"sigma must be a number in \[1e-6, 1e6\], .*, got 0.0"),
         ("kvmerger", {"budget": 12, "normalized": 1}, "normalized must be True or False, got 1"),
         ("snapkv", {"budget": 12, "window": 13}, "window must be at most the budget"),
         ("snapkv", {"budget": 64, "window": 0.5}, "window must be a count of at least 1, got 0.5"),
         ("snapkv", {"budget": 64, "kernel": 4}, "kernel must be odd"),
         ("snapkv", {"budget": 64, "pooling": "sum"}, "pooling must be one of avg, max, got 'sum'"),
-        ("pyramidkv", {"budget": [64, 64]}, "budget of pyramidkv must be one count"),
         ("pyramidkv", {"budget": 64, "beta": 0}, "beta must be a count of at least 1"),
+        ("pyramidkv", {"budget": 64, "beta": None}, "beta must be a count of at least 1, got None"),
+        ("snapkv", {"budget": 64, "window": 0}, "window must be a count of at least 1, got 0"),
+        ("kvmerger", {"budget": 64, "sigma": 1e200}, "sigma must be a number in .*, got 1e.200"),
         ("pyramidkv", {"budget": 64, "length": 10}, "length must be a count of at least 64"),
     ],
 )

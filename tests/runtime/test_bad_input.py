@@ -110,7 +110,7 @@ def test_decode_stops_at_the_last_position(compiled: Any) -> None:
     compiled.prefill(ids(2, LIMIT - 1))
     compiled.decode(ids(2, 1))
     with pytest.raises(
-        InputError, match=f"tokens seen must be at most {LIMIT}, the model's positions, got {LIMIT + 1}"
+        InputError, match=f"tokens seen must be at most {LIMIT}, the model's positions or .*, got {LIMIT + 1}"
     ):
         compiled.decode(ids(2, 1))
     compiled.reset(rows=[0])

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import zsmerge_compile as zs
-from tests.policies.lists import H2O
+from tests.policies.lists import H2O, Streaming
 from training import less
 from zsmerge_compile.ops.less import Maps
 from zsmerge_compile.ops.policy import Site
@@ -24,9 +24,9 @@ ASSETS = Path(zs.__file__).parent / "assets"
 
 def test_a_short_run_writes_weights_that_the_policy_takes(tmp_path: Path) -> None:
     path = tmp_path / "less.safetensors"
-    less.main(["falcon", "--steps", "2", "--length", "64", "--output", str(path)])
+    less.main(["falcon", "--eviction", "streaming", "--steps", "2", "--length", "64", "--output", str(path)])
     model = AutoModelForCausalLM.from_pretrained(ASSETS / "falcon-stdlib", local_files_only=True).eval()
-    ours = zs.compile(model, zs.policy("less", budget=12, weights=path), backend="eager")
+    ours = zs.compile(model, zs.policy("less", budget=12, weights=path, eviction="streaming"), backend="eager")
     assert ours.prefill(torch.arange(40)[None]).isfinite().all()
 
 
@@ -36,7 +36,8 @@ def test_training_lowers_the_error() -> None:
     query, key, value = (torch.randn(6, heads, 48, 8, generator=generator) for heads in (2, 1, 1))
     layer = less.Layer(query, key, value + 1.0, 8**-0.5, torch.randn(4, 16, generator=generator))
     torch.manual_seed(0)
-    maps, held = less.train(layer, 60, np.random.default_rng(0)), less.kept(layer)
+    held = less.kept(layer)
+    maps = less.train(layer, held, 60, np.random.default_rng(0))
     assert less.error(layer, held, maps).mean() < 0.8 * less.error(layer, held, None).mean()
 
 
@@ -46,12 +47,23 @@ def test_what_is_kept_is_what_the_policy_keeps() -> None:
     query, key, value = (torch.randn(3, 1, 80, 8, generator=generator) for _ in range(3))
     seen = less.kept(less.Layer(query, key, value, 8**-0.5, torch.eye(8)))[:, 0]
     for text, share in enumerate(less.SHARES):
-        budget = round(share * 80)
+        budget = max(5, round(share * 80))
         one = H2O(budget, 8**-0.5, recent=budget // 2)
         for t in range(80):
             positions = [token.position for token in one.tokens] + [t]
             assert seen[text, t].nonzero().flatten().tolist() == positions
             one.extend(query[text, :, t : t + 1], key[text, 0, t : t + 1], value[text, 0, t : t + 1], prompt=False)
+
+
+def test_streaming_keeps_the_first_and_the_newest() -> None:
+    query = torch.zeros(3, 2, 80, 8)
+    seen = less.kept(less.Layer(query, query, query, 1.0, torch.eye(16)), "streaming")
+    assert seen.shape == (3, 2, 80, 80)
+    for text, share in enumerate(less.SHARES):
+        one = Streaming(max(5, round(share * 80)), 1.0, sinks=less.SINKS)
+        for t in range(80):
+            assert seen[text, 0, t].nonzero().flatten().tolist() == [*(x.position for x in one.tokens), t]
+            one.extend(*(query[text, :1, t : t + 1] if n == 0 else query[text, 0, t : t + 1] for n in range(3)), False)
 
 
 def test_what_is_trained_is_what_the_ops_compute(monkeypatch: pytest.MonkeyPatch) -> None:

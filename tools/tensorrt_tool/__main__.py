@@ -143,7 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from zsmerge_compile.lower import tensorrt_needs
     except ImportError as error:
-        print(f'error: python3 must have torch and transformers, got {error}; pip install -e "."', file=sys.stderr)
+        hint = 'pip install -e ".[tensorrt]"'
+        print(f"error: python3 must have torch and transformers, got {error}; {hint}", file=sys.stderr)
         return 2
     lack = tensorrt_needs.missing()
     if lack is not None:

@@ -1,8 +1,9 @@
 """`tools/train_less FAMILY`: trains LESS's feature maps for a shipped model (`zsmerge_compile/policies/less.py`).
 
 Layer by layer, as in the paper: the maps are to make the attention layer's output, after its last projection, that of
-full attention, while only the tokens of H2O attend by their logits and the evicted ones by phi(q) psi(k). Queries, keys
-and values are those of the model on its training text; which tokens H2O holds at each step is found beforehand.
+full attention, while only the tokens of H2O (or StreamingLLM: --eviction) attend by their logits and the evicted ones
+by phi(q) psi(k). Queries, keys and values are those of the model on its training text; which tokens are held at each
+step is found beforehand.
 
 RATE and START were chosen from three pairs on the LLaMA. They were first compared by their errors on held-out text,
 so the recorded errors of held-out text are not wholly independent of that choice; compared again on a tenth of the
@@ -21,7 +22,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from rich.console import Console
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,6 +29,7 @@ from training.corpus import split_by_file, stdlib_files
 from training.publish import environment
 from training.stream import Stream
 from training.train import ROOT, SPLIT_SEED
+from zsmerge_compile import tensor_file
 from zsmerge_compile.capture import capture
 from zsmerge_compile.errors import must
 from zsmerge_compile.models.registry import spec_for
@@ -36,10 +37,11 @@ from zsmerge_compile.ops.contracts import ATTENTION
 from zsmerge_compile.ops.less import Maps
 from zsmerge_compile.passes.graph import PassContext, attention_sites, calling
 from zsmerge_compile.passes.pipeline import CANONICALISE
-from zsmerge_compile.policies.less import FILE, SHIPPED, expected
+from zsmerge_compile.policies.less import EVICTIONS, FILE, SHIPPED, expected
 
 LENGTH = 1792  # tokens of a sequence: of how many tokens phi(q) z is a sum, so train at the lengths to be served
-SHARES = (0.2, 0.1, 0.05)  # of them is H2O's budget, half of it recent; sequences take them in turn
+SHARES = (0.2, 0.1, 0.05)  # of them is the budget, half of it recent; sequences take them in turn
+SINKS = 4  # of StreamingLLM
 QUERIES = 256  # of a sequence, drawn anew for each step
 RANK, HIDDEN = 8, 64  # the paper: 8 and 512, for heads of 128 dimensions; these have 32
 TRAINED, JUDGED = 64, 16  # sequences of training text, of held-out text
@@ -60,6 +62,7 @@ class Layer(NamedTuple):
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("tools/train_less", description=__doc__)
     parser.add_argument("family", choices=SHIPPED)
+    parser.add_argument("--eviction", choices=EVICTIONS, default="h2o", help="beside which the maps will be used (h2o)")
     parser.add_argument("--steps", type=int, default=600, help="of each layer, four sequences a step (600)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--length", type=int, default=LENGTH, help=f"tokens of a sequence ({LENGTH})")
@@ -85,17 +88,17 @@ def main(arguments: list[str] | None = None) -> None:
     errors = []
     for number, (layer, judged) in enumerate(zip(seen, unseen, strict=True)):
         started = time.perf_counter()
-        maps = train(layer, options.steps, rng)
-        held = kept(judged)
+        maps = train(layer, kept(layer, options.eviction), options.steps, rng)
+        held = kept(judged, options.eviction)
         bare, ours = (float(judge(judged, held, m)) for m in (None, maps))
-        errors.append({"layer": number, "h2o": bare, "less": ours})
+        errors.append({"layer": number, options.eviction: bare, "less": ours})
         seconds = time.perf_counter() - started
         console.print(f"layer {number}: error of held-out outputs {bare:.4f} -> {ours:.4f} of theirs, {seconds:.0f} s")
         tensors |= {f"{number}.{name}": tensor.contiguous() for name, tensor in maps._asdict().items()}
-    told: dict[str, Any] = {"rank": RANK, "hidden": HIDDEN, "eviction": "h2o", "shares": SHARES}
+    told: dict[str, Any] = {"rank": RANK, "hidden": HIDDEN, "eviction": options.eviction, "shares": SHARES}
     told |= {"tokens": options.length, "steps": options.steps, "seed": options.seed, "errors": errors, **environment()}
     output = options.output or folder / FILE
-    save_file(tensors, output, metadata={name: json.dumps(value) for name, value in told.items()})
+    tensor_file.write(tensors, output, {name: json.dumps(value) for name, value in told.items()})
     console.print(f"written to {output}")
 
 
@@ -138,12 +141,17 @@ def projection(model: nn.Module, layer: int) -> Tensor:
 
 
 @torch.no_grad()
-def kept(layer: Layer) -> Tensor:
-    """Whether query t attends to key i by its logit: [N, G, T, T]. H2O of SHARES of the tokens, half of them recent."""
+def kept(layer: Layer, eviction: str = "h2o") -> Tensor:
+    """Whether query t attends to key i by its logit: [N, G, T, T]. Budgets are SHARES of the tokens; H2O's half recent,
+    StreamingLLM's but for the first SINKS."""
     n, groups, length, _ = layer.key.shape
-    budgets = [max(4, round(SHARES[number % len(SHARES)] * length)) for number in range(n)]
-    budget = torch.tensor(budgets)[:, None, None]
-    recent, column = budget // 2, torch.arange(length)
+    budgets = [max(SINKS + 1, round(SHARES[number % len(SHARES)] * length)) for number in range(n)]
+    budget, column = torch.tensor(budgets)[:, None, None], torch.arange(length)
+    if eviction == "streaming":
+        behind = column[:, None] - column
+        near = (behind >= 0) & ((behind <= budget - SINKS) | (column < SINKS))
+        return near[:, None].expand(-1, groups, -1, -1)
+    recent = budget // 2
     query = layer.query.unflatten(1, (groups, -1))
     alive, score = torch.zeros(n, groups, length, dtype=torch.bool), torch.zeros(n, groups, length)
     seen = torch.zeros(n, groups, length, length, dtype=torch.bool)
@@ -160,7 +168,7 @@ def kept(layer: Layer) -> Tensor:
 
 
 def error(layer: Layer, held: Tensor, maps: Maps | None, rows: Tensor | None = None) -> Tensor:
-    """Squared error of the projected outputs over the squares of full attention's: [N]. maps None: H2O alone.
+    """Squared error of the projected outputs over the squares of full attention's: [N]. maps None: eviction alone.
 
     Of the queries `rows`, or of all. For texts no longer than the layer's window, if it has one.
     """
@@ -188,14 +196,13 @@ def judge(layer: Layer, held: Tensor, maps: Maps | None) -> Tensor:
     ).mean()
 
 
-def train(layer: Layer, steps: int, rng: np.random.Generator) -> Maps:
+def train(layer: Layer, held: Tensor, steps: int, rng: np.random.Generator) -> Maps:
     """Adam, its rate falling by a cosine."""
     (n, heads, length, dim), kv_heads = layer.query.shape, layer.key.shape[1]
     shapes = expected(heads, kv_heads, dim, HIDDEN, RANK)
     begun = [torch.randn(shape) * shape[-2] ** -0.5 for shape in shapes[:4]]
     begun += [torch.full(shapes[4], START), torch.zeros(shapes[5]), torch.full(shapes[6], START / 100)]
     maps = Maps(*(nn.Parameter(tensor) for tensor in begun))
-    held = kept(layer)
     optimizer = torch.optim.Adam(maps, lr=RATE)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = RATE * (1 + math.cos(math.pi * step / steps)) / 2

@@ -85,12 +85,14 @@ def _triton(op: Any) -> Kernel:
 
 def _triton_refuses(program: Program) -> str | None:
     """Why Triton cannot serve some layer, in words; None if it serves all."""
-    from zsmerge_compile.ops.triton.supports import supports
+    from zsmerge_compile.ops.triton.supports import SCORINGS, supports
 
     if program.policy.merges_context:
         return f"the merging of {program.policy.name}"
     if program.policy.places != "text":
         return "positions by place"
+    if program.policy.scoring not in SCORINGS:
+        return f"scores of kind {program.policy.scoring}"
     capability = torch.cuda.get_device_capability(program.device)
     shapes = {(layout.head_dim, layout.heads, layout.kv_heads) for layout in program.layouts}
     reasons = (supports(program.dtype, *shape, capability) for shape in sorted(shapes))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from zsmerge_compile.ops.state import Rule, State
 
-SCORINGS = ("received", "age", "observed")  # kernels know them by their number
+SCORINGS = ("received", "age", "observed")
 POOLINGS = ("avg", "max")
 DECODED = -1.0  # "observed": score of a token that no prompt brought
 

@@ -13,7 +13,10 @@ from zsmerge_compile.policies.zsmerge import Evicting
 
 
 class FullPolicy(Evicting):
-    """budget: tokens a row can hold, or one count per layer, of which the smallest counts; prefill, chunk."""
+    """budget: tokens a row can hold, or one count per layer, of which the smallest counts; prefill, chunk.
+
+    A prompt or token that needs more is refused; `generate` ends a row there.
+    """
 
     name = "full"
     keeps = "everything; a row that needs more slots is refused"

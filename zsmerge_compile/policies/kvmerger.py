@@ -19,7 +19,8 @@ weighs as many tokens as are in it, without a bias for it, has the sum of their 
 with what is held, as in `policies/h2o.py`, and what leaves is lost; a later prompt merges held slots and its tokens
 again, a slot counting as one member. A layer whose own window fits into the budget merges nothing. The paper does not
 merge in the first and last layers either: with a budget that is given that would only leave them to evict; give those
-layers larger budgets.
+layers larger budgets and sets="fixed", which merges nothing that fits (the published rule merges what is alike even
+where there is room, so that at full budget it is not the untouched model).
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def make(
         raise ConfigError(must("sets", f"one of {', '.join(SETS)}", repr(sets)))
     if not _is_number(threshold) or not -1 <= threshold <= 1:
         raise ConfigError(must("threshold", "a cosine, a number in [-1, 1]", repr(threshold)))
-    if not _is_number(sigma) or sigma <= 0:
-        raise ConfigError(must("sigma", "a number above 0", repr(sigma)))
+    if not _is_number(sigma) or not 1e-6 <= sigma <= 1e6:
+        raise ConfigError(must("sigma", "a number in [1e-6, 1e6], a distance between keys", repr(sigma)))
     if not isinstance(normalized, bool):
         raise ConfigError(must("normalized", "True or False", repr(normalized)))
     given = dict(recent=recent, top=top, sets=sets, threshold=threshold, sigma=sigma, normalized=normalized)

@@ -6,8 +6,8 @@ A prompt longer than the budget leaves its last `window` tokens and the budget -
 Source: Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation".
 
 Published for the prompt only; after it the cache grows. Ours after the prompt: the newest `window` tokens stay, the
-prompt's chosen tokens keep their slots, and a decoded token that leaves the newest is kept as long as there are slots
-that no prompt token took, then lost. A later prompt scores all that is held anew, and pools over its own tokens.
+prompt's chosen tokens keep their slots, and slots that no prompt token took make the window longer: of the decoded
+tokens the newest stay. A later prompt scores all that is held anew, and pools over its own tokens.
 Attention is added up over the query heads of a group before pooling (kvpress: the mean, the same order for "avg").
 """
 
@@ -34,16 +34,22 @@ class SnapKVPolicy(Evicting):
     def __init__(self, config: ZSMergeConfig, **parameters: Any) -> None:
         super().__init__(config, **parameters)
         self.observed, self.kernel, self.pooling = (parameters[name] for name in ("window", "kernel", "pooling"))
-        for name, value in (("window", self.observed), ("kernel", self.kernel)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(must(name, "a count of at least 1", repr(value)))
+        check_window(self.observed)
+        check_window(self.kernel, "kernel")
         if self.kernel % 2 == 0:
             raise ConfigError(must("kernel", "odd, so that it has a middle", self.kernel))
         if self.pooling not in POOLINGS:
             raise ConfigError(must("pooling", f"one of {', '.join(POOLINGS)}", repr(self.pooling)))
 
 
+def check_window(value: object, name: str = "window") -> None:
+    """Raises ConfigError."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(must(name, "a count of at least 1", repr(value)))
+
+
 def make(budget: Any, window: int = 32, kernel: int = 5, pooling: str = "avg") -> SnapKVPolicy:
     """Raises ConfigError."""
+    check_window(window)
     config = evicting_config(budget, window, "window")
     return SnapKVPolicy(config, window=window, kernel=kernel, pooling=pooling)

@@ -5,10 +5,11 @@ Positions are places in the cache: sinks at 0, 1, ..., the newest tokens after t
 Source: Xiao et al., "Efficient Streaming Language Models with Attention Sinks".
 
 Ours: sinks are the first tokens of each row, padding left out; a layer whose own window is no larger than the budget
-needs none. A whole prompt attends to all of itself, as in the published code. `positions="text"` keeps the positions of
-the text instead; a text longer than the model's positions is then refused. Either way a whole prompt must fit into the
-model's positions together with what is held when it comes, as it is attended to uncut; with prefill="chunked" it is
-budget + chunk that must.
+needs none. In a layer with a larger window they stay for ever too; but with positions="text" they are seen and kept as
+long as the model's own mask lets them, and then the oldest tokens that it lets take their slots. A whole prompt attends
+to all of itself, as in the published code. `positions="text"` keeps the positions of the text instead; a text longer
+than the model's positions is then refused. Either way a whole prompt must fit into the model's positions together with
+what is held when it comes, as it is attended to uncut; with prefill="chunked" it is budget + chunk that must.
 """
 
 from __future__ import annotations

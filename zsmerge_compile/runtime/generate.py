@@ -91,7 +91,7 @@ class GenerateMixin(GenerationMixin):
         """transformers' `generate`, with its arguments and result, from an empty cache or from a returned one.
 
         inputs or input_ids: [B, T], B the batch compiled for (divided by num_return_sequences, where that is set).
-        A row also stops at the model's last position.
+        A row also stops at the model's last position, or where a cache of policy full is full.
         past_key_values: what an earlier call on this model returned; the module's text tells how to continue.
 
         Raises InputError for what a compressed cache cannot do; the cache is then as it was.
@@ -174,7 +174,8 @@ class GenerateMixin(GenerationMixin):
             got = f"0 in row {ends.index(False)}"
             raise InputError(must("the last column of attention_mask", "1 in every row", got, "pad on the left"))
         if session.continues:
-            logits = self.prefill(*session.handle.unfed(ids, every))
+            more, given = session.handle.unfed(ids, every)
+            logits = self.decode(more) if more.shape[1] == 1 else self.prefill(more, given)
         else:
             prompt = (ids, None) if mask is None else to_the_right(ids, mask)
             self.check_prompt(*prompt, empty=True)

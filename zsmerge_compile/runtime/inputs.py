@@ -73,10 +73,11 @@ def check_active(active: Tensor, batch_size: int, device: torch.device) -> None:
 
 
 def check_positions(lengths: Iterable[int], max_positions: int | None, what: str = "tokens seen") -> None:
-    """Refuse tokens past the model's last position; `lengths`: tokens each row would have seen."""
+    """Refuse tokens past the last; `lengths`: tokens each row would have seen."""
     longest = max(lengths)
     if max_positions is not None and longest > max_positions:
-        raise InputError(must(what, f"at most {max_positions}, the model's positions", longest))
+        limit = f"at most {max_positions}, the model's positions or all that the cache takes"
+        raise InputError(must(what, limit, longest))
 
 
 def _check_ids(what: str, ids: Tensor, shape: str, vocab_size: int | None, device: torch.device) -> None:

@@ -110,7 +110,7 @@ def finish_kernel(
     HAS_WINDOW: tl.constexpr,
     HAS_CONTEXT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    SCORING: tl.constexpr,  # index in `ops.scores.SCORINGS`
+    SCORING: tl.constexpr,  # index in `supports.SCORINGS`
     INTERPRETED: tl.constexpr,
 ):
     pair, tile, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)

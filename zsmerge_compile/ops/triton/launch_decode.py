@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from zsmerge_compile.errors import InputError, must
-from zsmerge_compile.ops.scores import SCORINGS
 from zsmerge_compile.ops.state import Rule, State
 from zsmerge_compile.ops.triton import blocks as table
 from zsmerge_compile.ops.triton.decode_finish import finish_kernel
 from zsmerge_compile.ops.triton.decode_split import split_kernel
+from zsmerge_compile.ops.triton.supports import SCORINGS
 
 INTERPRETED = type(split_kernel).__name__ == "InterpretedFunction"
 

@@ -9,6 +9,7 @@ import torch
 OLDEST = (8, 0)  # compute capability: Ampere, the first with bf16 matrix products and asynchronous copies
 WIDEST_HEAD = 256
 LARGEST_GROUP = 128
+SCORINGS = ("received", "age", "observed")  # of `ops.scores`; kernels know them by their number
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
