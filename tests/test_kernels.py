@@ -18,7 +18,7 @@ from zsmerge_compile.ops.state import LayerLayout
 def program(device: str, head_dim: int = 64, dtype: torch.dtype = torch.bfloat16, **policy: Any) -> Any:
     """As much of a program as the choice looks at."""
     layouts = (LayerLayout(heads=8, kv_heads=2, head_dim=head_dim, proximity=8, context=7, residual=1),)
-    told = SimpleNamespace(**{"name": "p", "merges_context": False, "places": "text", **policy})
+    told = SimpleNamespace(**{"name": "p", "merges_context": False, "places": "text", "scoring": "age", **policy})
     return SimpleNamespace(device=torch.device(device), dtype=dtype, layouts=layouts, policy=told)
 
 
@@ -51,6 +51,7 @@ def test_shapes_that_triton_does_not_serve_are_named() -> None:
 def test_policies_that_triton_does_not_know_are_named() -> None:
     assert all("not Triton: the merging of p" in name for name in names(program("cuda", merges_context=True)))
     assert all("not Triton: positions by place" in name for name in names(program("cuda", places="cache")))
+    assert all("not Triton: scores of kind distance" in name for name in names(program("cuda", scoring="distance")))
 
 
 def test_aten_elsewhere_and_other_ops_as_they_are() -> None:

@@ -12,8 +12,9 @@ SnapKVPress         the mean over queries and over the heads of a group, where o
                     attention again and leaves out a sliding window; these prompts are shorter than Mistral's.
 PyramidKVPress      counts the observation window among the slots that the pyramid spreads, where the published code
                     spreads budget - window and adds the window to every layer, and has no rounding down. The same
-                    budget and beta thus give other counts; `pyramid` gives the beta or length of ours that has its.
-                    It caps the first layer at prompt - window slots, where the published code caps at the prompt.
+                    budget and beta thus give other counts; `pyramid` gives the beta of ours that has its. It caps
+                    the first layer at prompt - window slots, where the published code caps at the prompt, and gives
+                    every layer the budget before; `pyramid` gives a list of budgets then.
 ObservedAttention-  no recent tokens are protected, and a score is the mean over the queries that could see the token:
 Press               new tokens gain, as the mean is over few queries. That is not H2O. What must stay is derived from
                     its score of every token: times the queries that could see it, the newest `recent` set apart.
@@ -85,14 +86,15 @@ def same(case: dict[str, Any]) -> dict[str, Any]:
     given = {"budget": budget, "window": window, "kernel": kernel, "pooling": "avg"}
     if case["press"] == "SnapKVPress":
         return {"name": "snapkv"} | given
-    return {"name": "pyramidkv"} | given | pyramid(budget, window, settings["beta"], case["prompt"])
+    return {"name": "pyramidkv"} | given | pyramid(budget, window, settings["beta"], case["prompt"], len(case["kept"]))
 
 
-def pyramid(budget: int, window: int, beta: int, prompt: int) -> dict[str, int]:
+def pyramid(budget: int, window: int, beta: int, prompt: int, layers: int) -> dict[str, Any]:
     """What ours is told, so that its last layer has kvpress's budget / beta slots: the window is among them there."""
     room = len(GIVEN["prompts"][prompt]) - window
     if 2 * budget - budget // beta >= room:
-        return {"length": room}
+        least = 2 * budget - room
+        return {"budget": [round(room - layer * (room - least) / (layers - 1)) for layer in range(layers)]}
     return {"beta": (budget - window) // (budget // beta - window)}
 
 
@@ -172,7 +174,7 @@ def test_maximum_over_neighbours(name: str, family: str) -> None:
         ("SnapKVPress", {"kernel": 3}),
         ("SnapKVPress", {"window": 31}),
         ("SnapKVPress", {"pooling": "max"}),
-        ("PyramidKVPress", {"beta": 20, "length": None}),  # kvpress's own beta
+        ("PyramidKVPress", {"budget": 160}),  # by the formula, which does not know the prompt's length
     ],
 )
 def test_other_parameters_keep_other_tokens(press: str, changed: dict[str, Any]) -> None:
