@@ -57,8 +57,6 @@ class ZSMergeConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, plain(getattr(self, field.name)))
-        if isinstance(self.budget, Sequence) and not isinstance(self.budget, str):
-            object.__setattr__(self, "budget", tuple(self.budget))
         _check(self.budget != (), "budget list", "one count per layer", "an empty list")
         for budget in self._budgets():
             _check(_is_count(budget) and budget >= SMALLEST, "budget", f"an integer of at least {SMALLEST}", budget)
@@ -129,11 +127,11 @@ def _resolve(part: int | float, whole: int, clamped: bool) -> int:
 
 
 def plain(value: Any) -> Any:
-    """Python's own numbers, and lists of them, for those of numpy and torch; anything else as it is."""
+    """Python's own numbers, and tuples of them, for those of numpy and torch; anything else as it is."""
     if hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, list | tuple):
-        return type(value)(plain(one) for one in value)
+        value = value.tolist()
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(plain(one) for one in value)
     return value
 
 

@@ -17,14 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DTYPES = {
-    "FLOAT": torch.float32,
-    "HALF": torch.float16,
-    "BF16": torch.bfloat16,
-    "INT32": torch.int32,
-    "INT64": torch.int64,
-    "BOOL": torch.bool,
-}
+from zsmerge_compile.lower.plan import DTYPES
+
 INTEGERS = (torch.int32, torch.int64)
 
 

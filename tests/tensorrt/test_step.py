@@ -50,7 +50,7 @@ def in_place(base: Any) -> CompiledModel:
 
 def bound(base: Any, recorder: Any = None) -> CompiledModel:
     """By our driver: build, wiring, plan and buffers, with the stand-in for TensorRT."""
-    step = tensorrt.one_engine(base.program, tensorrt_build.whole(tensorrt_build.compiled_step(base.program)))
+    step = tensorrt.one_engine(tensorrt_build.whole(tensorrt_build.compiled_step(base.program)), base.interface)
     return model(base, BoundStep(step.engine, base.interface, recorder))
 
 
@@ -216,7 +216,7 @@ def test_what_the_engine_writes_in_place_stays(tools: Tools) -> None:
     made = tools.trt.made[built.content]
     pairs = dict(zip(built.binding.outputs[1:3], built.binding.inputs[3:5], strict=True))
     made.aliased.update({out: given for out, given in pairs.items() if given})
-    ours, theirs = model(base, tensorrt.one_engine(base.program, built)), in_place(base)
+    ours, theirs = model(base, tensorrt.one_engine(built, base.interface)), in_place(base)
     places = [tensor.data_ptr() for tensor in ours.cache.flat[:3]]
     session(ours, theirs, steps=9)
     now = [tensor.data_ptr() for tensor in ours.cache.flat[:3]]

@@ -25,11 +25,11 @@ from zsmerge_compile.lower import tensorrt_needs
 from zsmerge_compile.lower.functional import functional, without_empty
 from zsmerge_compile.lower.plan import Binding, Plan
 from zsmerge_compile.lower.standard import Graph, exported
+from zsmerge_compile.lower.tensorrt import one_engine
 from zsmerge_compile.lower.tensorrt_build import Built, compiled_step, respelled, whole
 from zsmerge_compile.lower.tensorrt_needs import library
 from zsmerge_compile.program import Interface
 from zsmerge_compile.runtime.bound_step import BoundStep
-from zsmerge_compile.runtime.graphs import cuda_recorder
 
 SUFFIX = aoti.SUFFIX
 ENGINE = "decode.engine"
@@ -76,8 +76,7 @@ def read_step(folder: Path, file: str, interface: Interface, files: Collection[s
     here = library("tensorrt").__version__
     if version != here:
         raise BundleError(must("TensorRT", f"{version}, which built this bundle's engine", here, "export it again"))
-    record = cuda_recorder(interface.device) if interface.device.type == "cuda" else None
-    return BoundStep(Plan((folder / file).read_bytes(), binding, interface), interface, record)
+    return one_engine(Built((folder / file).read_bytes(), binding), interface)
 
 
 def _built(compiled: Any) -> Built:

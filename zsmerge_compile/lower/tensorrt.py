@@ -42,7 +42,7 @@ from zsmerge_compile.lower.lowered import Lowered
 from zsmerge_compile.lower.plan import Plan
 from zsmerge_compile.lower.tensorrt_build import Built, check_segments, compiled_step, whole
 from zsmerge_compile.lower.tensorrt_needs import library
-from zsmerge_compile.program import Program
+from zsmerge_compile.program import Interface, Program
 from zsmerge_compile.runtime.bound_step import BoundStep, Run
 from zsmerge_compile.runtime.graphs import cuda_recorder
 
@@ -57,7 +57,7 @@ def lower(program: Program, segments: int = 1) -> Lowered:
     if count == 1:
         built = whole(compiled)
         del compiled  # it holds the engine, and a context for it, on the device
-        step = one_engine(program, built)
+        step = one_engine(built, program.interface())
     else:
         step = BoundStep(Pieces(compiled), program.interface())
     prefill = inductor.lower_graph(program, "prefill", len(program.layouts) >= inductor.DEEP["cuda"])
@@ -66,13 +66,13 @@ def lower(program: Program, segments: int = 1) -> Lowered:
     return Lowered(prefill.run, step, kernels, {"prefill": prefill.parts, "decode": count})
 
 
-def one_engine(program: Program, built: Built) -> BoundStep:
-    """The step by its one engine, its work recorded as CUDA graphs."""
+def one_engine(built: Built, interface: Interface) -> BoundStep:
+    """The step by its one engine, on a GPU its work recorded as CUDA graphs. Raises BundleError."""
     gc.collect()
-    if program.device.type == "cuda":
+    record = None
+    if interface.device.type == "cuda":
         torch.cuda.empty_cache()  # TensorRT allocates beside PyTorch
-    interface = program.interface()
-    record = cuda_recorder(program.device) if program.device.type == "cuda" else None
+        record = cuda_recorder(interface.device)
     return BoundStep(Plan(*built, interface), interface, record)
 
 

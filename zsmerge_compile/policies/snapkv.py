@@ -34,7 +34,6 @@ class SnapKVPolicy(Evicting):
     def __init__(self, config: ZSMergeConfig, **parameters: Any) -> None:
         super().__init__(config, **parameters)
         self.observed, self.kernel, self.pooling = (parameters[name] for name in ("window", "kernel", "pooling"))
-        check_window(self.observed)
         check_window(self.kernel, "kernel")
         if self.kernel % 2 == 0:
             raise ConfigError(must("kernel", "odd, so that it has a middle", self.kernel))
